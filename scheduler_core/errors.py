@@ -1,0 +1,81 @@
+"""Every exception of Kairos, as a tree. What it is says how it ends: exit code 2 or an HTTP status.
+
+    KairosError                      500
+      InputError                     422  something handed to us cannot be used
+        ConfigError                  422  kairos.yaml, KAIROS_* or a command's option
+        TraceError                   422  a trace file
+        TelemetryError               422  a telemetry file or batch
+        SchemaError                  409  a model made for another feature schema
+        UnknownNameError             404  a name nobody registered; says what is near and what there is
+          UnknownPolicyError
+          UnknownProfileError
+        TooLargeError                413  more than a limit allows
+      PolicyError                    500  a policy answered what cannot be done (the guard catches it)
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class KairosError(Exception):
+    """Root of all errors that Kairos raises on purpose."""
+
+    http_status = 500
+
+
+class InputError(KairosError):
+    """Input that cannot be used; the message says what, where and how to mend it."""
+
+    http_status = 422
+
+
+class ConfigError(InputError):
+    """A setting that does not exist or does not fit."""
+
+
+class TraceError(InputError):
+    """A trace that cannot be read."""
+
+
+class TelemetryError(InputError):
+    """Telemetry that cannot be read."""
+
+
+class SchemaError(InputError):
+    """A model that was trained on other features than this Kairos makes."""
+
+    http_status = 409
+
+
+class TooLargeError(InputError):
+    """More than a stated limit allows."""
+
+    http_status = 413
+
+
+class UnknownNameError(InputError):
+    """A name that nothing is registered under.
+
+    >>> print(UnknownNameError("prefill policy", "urgancy", ["edf", "urgency"]))
+    unknown prefill policy 'urgancy'. Did you mean 'urgency'? Installed: edf, urgency
+    """
+
+    http_status = 404
+
+    def __init__(self, what: str, name: str, known: Iterable[str]) -> None:
+        known = sorted(known)
+        near = get_close_matches(name, known, n=1)
+        hint = f" Did you mean '{near[0]}'?" if near else ""
+        super().__init__(f"unknown {what} '{name}'.{hint} Installed: {', '.join(known) or 'none'}")
+
+
+class UnknownPolicyError(UnknownNameError):
+    """No policy of that kind has this name."""
+
+
+class UnknownProfileError(UnknownNameError):
+    """No profile has this name."""
+
+
+class PolicyError(KairosError):
+    """A policy answered something that cannot be carried out."""
