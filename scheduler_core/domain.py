@@ -130,7 +130,7 @@ def saturation_knee_tokens(line: Line) -> int:
     """The smallest prefill step whose fixed cost is at most a tenth of it (algorithms.md 1, `on-time` point 4).
 
     >>> saturation_knee_tokens(Line(8.2e-3, 1.48e-5, 3.9e-10))
-    4693
+    4696
     """
     a_s, b_s, c_s = line
     if a_s <= 0:
