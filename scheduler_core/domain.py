@@ -241,5 +241,7 @@ class Resident(msgspec.Struct, gc=False):
     tpot_target_s: float = NO_TARGET_S
     ready_s: float = 0.0
     """When its KV was there."""
+    last_token_s: float = 0.0
+    """When its newest token came."""
     slo_class: str = "default"
     tenant: str = ""

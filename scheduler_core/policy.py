@@ -131,6 +131,28 @@ class DecodePolicy(Protocol):
         ...
 
 
+Room = Callable[[Resident, int, int], bool]
+"""Whether a request may join residents of that number and context sum, KV room aside."""
+
+
+def admit_while(view: DecodeView, ready: Sequence[Resident], room: Room) -> list[RequestId]:
+    """Ids of `ready` in its order while KV and `room` last; the first that does not fit ends it (no overtaking).
+
+    An empty instance takes the first one whatever it needs.
+    """
+    admitted: list[RequestId] = []
+    batch_size, sum_context_tokens = len(view.residents), view.sum_context_tokens
+    for request in ready:
+        if batch_size and not (
+            view.fits(request, batch_size, sum_context_tokens) and room(request, batch_size, sum_context_tokens)
+        ):
+            break
+        admitted.append(request.request_id)
+        batch_size += 1
+        sum_context_tokens += request.context_tokens
+    return admitted
+
+
 # -- placement: which instance ---------------------------------------------------------------------------------------
 
 
