@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kairos.adapters.traces.files import Table, note, note_order, parse_cells, read_table, read_text, stem
-from kairos.adapters.traces.trace import LABELS, Trace, block_tokens_of
+from kairos.adapters.traces.trace import LABELS, SYNTHETIC, Trace, block_tokens_of
 from kairos.scheduler_core.domain import RequestId
 from kairos.scheduler_core.errors import TraceError
 
 NEEDED = ("arrival_s", "input_tokens", "output_tokens")
 COLUMNS = (*NEEDED, "hash_ids", *LABELS, "request_id")
-SYNTHETIC = "synthetic"
-"""A trace is synthetic when its name begins so, or the `type` of every row does (which survives a new file name)."""
 
 
 def read_trace(path: Path) -> Trace:

@@ -18,6 +18,8 @@ MAX_ARRIVAL_S = 1e11
 """Beyond this an arrival is in other units than seconds."""
 LABELS = ("session_id", "turn", "type", "tenant", "slo_class", "model")
 """The optional text columns."""
+SYNTHETIC = "synthetic"
+"""A trace is synthetic when its name begins so, or the `type` of every row does (which survives a new file name)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from kairos.scheduler_core.config import Settings, load_settings
-from kairos.scheduler_core.errors import ConfigError, UnknownNameError
+from kairos.scheduler_core.errors import UnknownNameError
 
 FOLDER = Path(str(files(__name__)))
 
