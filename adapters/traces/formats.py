@@ -18,7 +18,7 @@ from kairos.adapters.traces.public_formats import (
     read_servegen,
 )
 from kairos.adapters.traces.trace import LABELS, Trace
-from kairos.scheduler_core.errors import TraceError
+from kairos.scheduler_core.errors import TraceError, UnknownNameError
 
 Format = Literal["kairos", "mooncake", "azure", "burstgpt", "servegen", "bench"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -41,7 +41,7 @@ def sniff(path: Path, text: str = "") -> Format | None:
 
 def read_any(
     path: Path,
-    format: Format | None = None,
+    format: str | None = None,
     *,
     seed: int = 0,
     start_s: float = 0.0,
@@ -53,7 +53,13 @@ def read_any(
         seed: for formats that hold statistics instead of arrivals (ServeGen, benches without start times).
         start_s: leaves out what arrives before; arrivals count from here.
         duration_s: leaves out what arrives this much later or after; None: keeps all (ServeGen: one day).
+
+    Raises:
+        TraceError: the file cannot be used.
+        UnknownNameError: there is no such format.
     """
+    if format is not None and format not in FORMATS:
+        raise UnknownNameError("trace format", format, FORMATS)
     if (format or sniff(path)) == "servegen":
         return read_servegen(path, seed, start_s, 86_400.0 if duration_s is None else duration_s)
     text = read_text(path)
