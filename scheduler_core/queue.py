@@ -91,8 +91,8 @@ class WaitingQueue:
         while starts and starts[0][0] < now_s + _ROUNDING_S:
             entry = heapq.heappop(starts)
             request = entry[2]
-            if self._by_id.get(request.request_id) is not request:
-                continue
+            if self._by_id.get(request.request_id) is not request or request.request_id in self._lost_ids:
+                continue  # it left, was replaced, or is among the lost already
             if not is_lost(now_s, request.prefill_s, request.deadline_s):
                 undecided.append(entry)
                 continue

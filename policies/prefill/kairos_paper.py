@@ -1,5 +1,6 @@
 """The prefill rule of the paper, as published: a baseline."""
 
+import heapq
 from collections.abc import Sequence
 
 import msgspec
@@ -33,16 +34,18 @@ class KairosPaper:
         self.state = MeanRate()
 
     def plan(self, view: PrefillView) -> PrefillPlan:
-        """All waiting ids by urgency; as many share the step as its token budget and the instance take."""
-        tokens_per_s = self._tokens_per_s(view)
-        finish_s = view.now_s
+        """Waiting ids by urgency; as many share the step as its token budget and the instance take."""
+        seconds_per_token = 1 / self._tokens_per_s(view)
+        finish_s = view.now_s  # never before an arrival: whoever waits has arrived
         ranked: list[tuple[float, RequestId, int]] = []
         for w in view.waiting:
-            finish_s = max(finish_s, w.arrival_s) + w.remaining_tokens / tokens_per_s
-            urgency = (w.ttft_target_s - (finish_s - w.arrival_s)) / w.ttft_target_s / w.prompt_tokens
-            ranked.append((-urgency, w.request_id, w.remaining_tokens))
-        ranked.sort()
-        return PrefillPlan([request_id for _, request_id, _ in ranked], self._together(ranked, view))
+            target_s = w.ttft_target_s
+            remaining_tokens = w.prompt_tokens - w.cached_tokens - w.prefilled_tokens
+            finish_s += remaining_tokens * seconds_per_token
+            urgency = (target_s - (finish_s - w.arrival_s)) / target_s / w.prompt_tokens
+            ranked.append((-urgency, w.request_id, remaining_tokens))
+        first = heapq.nsmallest(max(view.wanted, view.instance.max_requests_per_step), ranked)
+        return PrefillPlan([request_id for _, request_id, _ in first], self._together(first, view))
 
     def observe(self, step: PrefillStep) -> None:
         """Take a step into the running mean."""

@@ -4,11 +4,21 @@ import csv
 import subprocess
 import sys
 from itertools import islice
+from math import isnan
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 import yaml
+from kairos.adapters.simulator import run as project
+from kairos.adapters.simulator.fleet import build_fleet, step_times_of
+from kairos.adapters.simulator.run import Knobs
+from kairos.adapters.simulator.tables import STATUSES
+from kairos.adapters.simulator.workload import build_workload
+from kairos.adapters.traces import read_trace
+from kairos.scheduler_core.config import load_settings
+from kairos.scheduler_core.strategy import parse_strategy
 from simulator.cases import CASES, Case, by_name, strategy_text, to_trace_csv, to_yaml
 from simulator.reference import Result, Row, Step, simulate
 
@@ -17,11 +27,33 @@ TOLERANCE_S = 1e-6
 
 def run_project(case: Case) -> list[Row]:
     """The rows of the project's simulator for a case, by request id."""
-    try:
-        from kairos.adapters.simulator import run as project
-    except ImportError:
-        pytest.skip("simulator not there yet")
-    raise NotImplementedError(f"convert a case, call {project.__name__}.simulate, convert its RequestTable into rows")
+    with TemporaryDirectory() as folder:
+        trace, fleet = Path(folder, "trace.csv"), Path(folder, "kairos.yaml")
+        trace.write_text(to_trace_csv(case))
+        fleet.write_text(to_yaml(case))
+        settings = load_settings(fleet)
+        simulated = build_fleet(settings, step_times_of)
+        workload = build_workload(read_trace(trace), settings.slo, simulated.prefill[0].instance.step_times)
+    knobs = Knobs(deferred_share=settings.guards.deferred_share)
+    run = project.simulate(workload, simulated, parse_strategy(strategy_text(case)), knobs)
+    assert not run.fallbacks
+    table = run.requests
+    columns = (
+        [None if index < 0 else int(index) for index in table.prefill_instance],
+        [None if index < 0 else int(index) for index in table.decode_instance],
+        *(
+            [None if isnan(value) else value for value in column.tolist()]
+            for column in (
+                table.prefill_start_s,
+                table.first_token_s,
+                table.decode_ready_s,
+                table.last_token_s,
+                table.max_itl_s,
+            )
+        ),
+        [STATUSES[code] for code in table.status],
+    )
+    return [Row(*values) for values in zip(*columns, strict=True)]
 
 
 def reference(case: Case) -> Result:
@@ -85,10 +117,6 @@ def test_the_files_of_kairos_simulate_agree_with_the_reference(name: str, tmp_pa
 
 def simulate_by_files(case: Case, folder: Path) -> Path:
     """Runs `kairos simulate` on the files of a case; the folder with its results."""
-    try:
-        from kairos.adapters.cli import main  # noqa: F401
-    except ImportError:
-        pytest.skip("simulator not there yet")
     trace, fleet, out = folder / "trace.csv", folder / "kairos.yaml", folder / "out"
     trace.write_text(to_trace_csv(case))
     fleet.write_text(to_yaml(case))
