@@ -420,9 +420,10 @@ class _StrictLoader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
-            if key.value in seen and key.value != "<<":
-                raise yaml.MarkedYAMLError(problem=f"'{key.value}' is given twice", problem_mark=key.start_mark)
-            seen.add(str(key.value))
+            name = str(key.value)
+            if name in seen and name != "<<":
+                raise yaml.MarkedYAMLError(problem=f"'{name}' is given twice", problem_mark=key.start_mark)
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 
@@ -433,7 +434,7 @@ def _parse_yaml(where: str, text: str) -> Any:
         mark = error.problem_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{where}{place}: {error.problem or 'is not YAML'}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or number that cannot be
         raise ConfigError(f"{where}: is not YAML ({' '.join(str(error).split())})") from None
 
 
@@ -496,7 +497,10 @@ def _explain(problem: Mapping[str, Any], origins: Mapping[Loc, str]) -> str:
         text = "is missing"
     elif problem["type"] not in ("kairos", "value_error") or not isinstance(problem["input"], dict | None):
         text = f"{text}, got {_shown(problem['input'])}"
-    origin = next((f" (set by {name})" for place, name in origins.items() if loc[: len(place)] == place), "")
+    depth = len(loc)
+    origin = next(
+        (f" (see {name})" for place, name in origins.items() if loc[: len(place)] == place or place[:depth] == loc), ""
+    )
     return f"{_shown_path(loc)}: {text}{origin}"
 
 

@@ -33,9 +33,8 @@ def check(
         f"{sum(group.count for group in groups)} {role}"
         for role, groups in (("prefill", settings.fleet.prefill), ("decode", settings.fleet.decode))
     )
-    typer.echo(
-        f"{file}: valid: {counts} instances, strategies {', '.join(settings.strategies)}; {settings.active} active"
-    )
+    strategies = ", ".join(settings.strategies)
+    typer.echo(f"{file}: valid: {counts} instances; strategies {strategies}; active {settings.active}")
 
 
 def schema() -> None:

@@ -14,9 +14,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text."
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write; gzip if it ends in .gz.")]
 Format = Annotated[
     str | None,
-    typer.Option(
-        "--format", help="kairos, mooncake, azure, burstgpt, servegen or bench; found by its looks if absent."
-    ),
+    typer.Option("--format", help="kairos, mooncake, azure, burstgpt, servegen or bench; found by looks if absent."),
 ]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn; the same seed gives the same trace.", min=0)]
 

@@ -106,11 +106,15 @@ class Table:
 
     def lengths(self, column: str, notes: dict[str, int]) -> IntArray:
         """A column of token counts, (n,); 0 counts as 1 token, and `notes` says in how many rows."""
+        return at_least_one(self.tokens(column), column, notes)
+
+    def tokens(self, column: str) -> IntArray:
+        """A column of token counts from 0 on, (n,)."""
         numbers = self.numbers(column)
         self.refuse(column, numbers < 0, "is negative; a length is a whole number of tokens")
         self.refuse(column, numbers != np.floor(numbers), "is not whole; a length is a whole number of tokens")
         self.refuse(column, numbers > MAX_TOKENS, f"is too large; a length is at most {MAX_TOKENS} tokens")
-        return at_least_one(numbers.astype(np.int64), column, notes)
+        return numbers.astype(np.int64)
 
 
 def at_least_one(lengths: IntArray, column: str, notes: dict[str, int]) -> IntArray:
@@ -193,8 +197,8 @@ def json_object(where: str, text: str) -> dict[str, Any]:
     """One JSON object; `where` begins the error."""
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TraceError(f"{where}: is not JSON ({error.msg} at character {error.pos})") from None
+    except (ValueError, RecursionError) as error:  # also too deep, or a number of thousands of digits
+        raise TraceError(f"{where}: is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise TraceError(f"{where}: holds a {type(value).__name__} where a JSON object is expected")
     return value

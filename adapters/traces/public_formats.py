@@ -83,19 +83,19 @@ def read_burstgpt(path: Path, text: str) -> Trace:
     table = read_table(path, text, BURSTGPT_COLUMNS)
     notes: dict[str, int] = {}
     arrival_s = table.arrivals_s("Timestamp")
-    answered = table.numbers("Response tokens") != 0
+    prompt_tokens, output_tokens = table.tokens("Request tokens"), table.tokens("Response tokens")
+    answered = output_tokens != 0
     note(notes, "failed request (0 response tokens), left out", int(np.sum(~answered)))
     if not answered.any():
         raise TraceError(f"{path}: every request failed (0 response tokens); a trace needs at least one request")
     note_order(arrival_s[answered], notes)
     types = [f"{m}/{log}" for m, log in zip(table.columns["Model"], table.columns["Log Type"], strict=True)]
     sessions = table.columns.get("Session ID")
-    answered_notes: dict[str, int] = {}
     return Trace(
         name=stem(path),
         arrival_s=arrival_s[answered] - arrival_s[answered].min(),
-        prompt_tokens=table.lengths("Request tokens", answered_notes)[answered],
-        output_tokens=table.lengths("Response tokens", answered_notes)[answered],
+        prompt_tokens=at_least_one(prompt_tokens[answered], "Request tokens", notes),
+        output_tokens=output_tokens[answered],
         session_id=_kept(sessions, answered) if sessions is not None else None,
         type=_kept(types, answered),
         notes=notes,
@@ -126,17 +126,17 @@ def read_bench(path: Path, text: str, seed: int) -> Trace:
         arrival_s = table.numbers("start_times")
     else:
         note(notes, f"arrival drawn from the file's request_rate with seed {seed}", len(inputs))
-    answered = table.numbers("output_lens") != 0
+    prompt_tokens, output_tokens = table.tokens("input_lens"), table.tokens("output_lens")
+    answered = output_tokens != 0
     note(notes, "failed request (0 output tokens), left out", int(np.sum(~answered)))
     if not answered.any():
         raise TraceError(f"{path}: every request failed (0 output tokens); a trace needs at least one request")
-    prompt_tokens = table.lengths("input_lens", {})[answered]
     note_order(arrival_s[answered], notes)
     return Trace(
         name=stem(path),
         arrival_s=arrival_s[answered] - arrival_s[answered].min(),
-        prompt_tokens=at_least_one(prompt_tokens, "input_lens", notes),
-        output_tokens=table.lengths("output_lens", {})[answered],
+        prompt_tokens=at_least_one(prompt_tokens[answered], "input_lens", notes),
+        output_tokens=output_tokens[answered],
         type=[SYNTHETIC] * int(answered.sum()) if starts is None else None,
         synthetic=starts is None,
         notes=notes,
@@ -183,7 +183,7 @@ def read_servegen(path: Path, seed: int, start_s: float, duration_s: float) -> T
         types += [f"{SYNTHETIC}/client{client}"] * len(arrival_s)
     if not arrivals:
         raise TraceError(
-            f"{path}: nothing is published for {start_s:g} to {start_s + duration_s:g} s; choose another time"
+            f"{path}: nothing is published from {start_s:g} to {start_s + duration_s:g} s; choose another time"
         )
     arrival_s = np.concatenate(arrivals)
     order = np.argsort(arrival_s, kind="stable")
