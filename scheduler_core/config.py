@@ -509,11 +509,7 @@ def _unknown(loc: Loc) -> str:
     schema = Settings.model_json_schema()
     node: dict[str, Any] = schema
     for part in loc[:-1]:
-        node = (
-            node["items"]
-            if isinstance(part, int)
-            else node.get("properties", {}).get(part) or node["additionalProperties"]
-        )
+        node = node.get("properties", {}).get(part) or node.get("items") or node["additionalProperties"]
         node = next((option for option in node.get("anyOf", ()) if option.get("type") != "null"), node)
         if "$ref" in node:
             node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]

@@ -193,6 +193,7 @@ def test_live_workers_have_an_address_and_an_engine(tmp_path: Path) -> None:
         ("gpu: g", "gpu: 2001-13-45", "is not YAML"),
         ("gpu: g", "gpu: !!python/object:os.system x", "could not determine a constructor for the tag"),
         ("gpu: g", "[1]: g", "line 3"),
+        ("p: {gpu: g", "1: {gpuu: g", "profiles[1].gpuu: unknown setting. Did you mean 'gpu'?"),
     ],
 )
 def test_a_mistake_is_told_with_the_path_of_its_setting(tmp_path: Path, old: str, new: str, told: str) -> None:
