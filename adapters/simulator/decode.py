@@ -157,7 +157,7 @@ class DecodeRun:
                 self._policy, DecodeStep(now_s - self.started_s, len(members), self.member_context, longest)
             )
         outputs, longest_gap_s, in_time = outcome.output_tokens, outcome.max_itl_s, outcome.tokens_in_time
-        note_gap = outcome.itl_s.append
+        note_gap, note_row = outcome.itl_s.append, outcome.itl_row.append
         done = False
         first_tokens = 0
         for r in members:
@@ -168,6 +168,7 @@ class DecodeRun:
                 r.context_tokens += 1
                 gap_s = now_s - r.last_token_s
                 note_gap(gap_s)
+                note_row(row)
                 if not gap_s <= longest_gap_s[row]:
                     longest_gap_s[row] = gap_s
                 if now_s <= r.due_s:

@@ -5,15 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kairos.scheduler_core.config import DecodeGroup, Group, Handover, KvTransfer, PrefillGroup, Settings
-from kairos.scheduler_core.domain import DecodeInstance, Line, LinearStepTimes, PrefillInstance, StepTimes
-
-def step_times_of(settings: Settings, profile: str) -> StepTimes:
-    """PLACEHOLDER"""
-    times = settings.profiles[profile].step_times
-    assert times is not None and times.linear is not None
-    p, d = times.linear.prefill, times.linear.decode
-    return LinearStepTimes(Line(p.a_s, p.b_s, p.c_s), Line(d.a_s, d.b_s, d.c_s))
-
+from kairos.scheduler_core.domain import DecodeInstance, PrefillInstance, StepTimes
 
 StepTimesOf = Callable[[Settings, str], StepTimes]
 """The step times of a profile of the configuration, by its name there."""

@@ -26,6 +26,8 @@ class Outcome:
     predicted_prefill_s: list[float]
     actual_prefill_s: list[float]
     itl_s: "array[float]" = field(default_factory=lambda: array("d"))
+    itl_row: "array[int]" = field(default_factory=lambda: array("q"))
+    """Whose gap each of `itl_s` is."""
 
     @classmethod
     def of(cls, workload: Workload) -> "Outcome":

@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 
 from kairos.adapters.simulator.decode import DecodeRun
+from kairos.adapters.simulator.evidence import Gaps
 from kairos.adapters.simulator.fleet import SimulatedFleet
 from kairos.adapters.simulator.noise import PredictedStepTimes, StepNoise, request_factors
 from kairos.adapters.simulator.outcome import FINISHED, REJECTED, Outcome
@@ -70,8 +71,10 @@ class Run:
     """Prefill steps; with `keep_steps` decode steps too."""
     decision_us: slo.FloatArray
     """Wall microseconds of each decision (n_decisions,)."""
-    itl_s: slo.FloatArray
-    """Every gap between two tokens of a request (n_gaps,)."""
+    kv_transfer_start_s: slo.FloatArray
+    """(n,), NaN where no KV was moved."""
+    gaps: Gaps
+    """Every gap between two tokens of a request."""
     fallbacks: Mapping[str, int]
     """Decisions in which a policy was replaced, by policy and error."""
     notes: Sequence[str]
@@ -104,6 +107,7 @@ class _Simulation:
         self.first_token_at_decode = fleet.handover.first_token == "decode"
         self.place_decode_at = fleet.handover.place_decode
         self.link_free_s = [0.0] * len(fleet.prefill)
+        self.kv_transfer_start_s = [float("nan")] * len(workload)
         shares_queue = strategy.prefill_placement.name == "late"
         self.pools: list[Pool] = pools_of(fleet.prefill, self.decider, shares_queue, workload)
         self.prefill: list[PrefillRun] = sorted((run for pool in self.pools for run in pool.runs), key=lambda r: r.index)
@@ -298,6 +302,7 @@ class _Simulation:
                 self.choose_decode(row, now_s)
             link = self.fleet.kv_transfer
             start_s = max(now_s, self.link_free_s[index]) if link.contention else now_s
+            self.kv_transfer_start_s[row] = start_s
             bytes_s = self.prompt_tokens[row] * link.bytes_per_token / link.bytes_per_s
             self.link_free_s[index] = start_s + bytes_s
             ready_s = start_s + link.latency_s + bytes_s
@@ -394,7 +399,8 @@ class _Simulation:
             requests=_table(self.workload, self.outcome, self.knobs.stages),
             steps=self.steps,
             decision_us=np.array(self.decision_us),
-            itl_s=np.array(self.outcome.itl_s),
+            kv_transfer_start_s=np.array(self.kv_transfer_start_s),
+            gaps=Gaps(np.array(self.outcome.itl_row, dtype=np.int64), np.array(self.outcome.itl_s)),
             fallbacks=dict(self.decider.validity.fallbacks),
             notes=self.notes(),
         )

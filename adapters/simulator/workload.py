@@ -11,7 +11,7 @@ import numpy as np
 from kairos.adapters.simulator.tables import IntArray, Workload
 from kairos.adapters.traces import Trace
 from kairos.scheduler_core.config import SloSettings
-from kairos.scheduler_core.domain import RequestId, StepTimes
+from kairos.scheduler_core.domain import Line, RequestId, StepTimes
 from kairos.scheduler_core.errors import ConfigError
 from kairos.scheduler_core.slo import NO_TARGET_S, FloatArray
 
@@ -95,7 +95,7 @@ def build_workload(
         order = order[arrival_s[order] < arrival_s[order[0]] + limit_s]
     n = len(order)
     prompt_tokens, output_tokens = trace.prompt_tokens[order], trace.output_tokens[order]
-    ids: list[RequestId] = list(range(n))
+    ids: list[RequestId] = list(range(n)) if trace.request_id is None else [trace.request_id[i] for i in order]
     ttft_s, tpot_s, classes = (
         _configured(slo, _column(trace.slo_class, order, "default"))
         if target is None
@@ -177,3 +177,30 @@ def at_load(workload: Workload, load: float, first_profile: StepTimes, instances
     return workload if math.isinf(offered) else scale_time(workload, offered / load)
 
 
+def at_decode_load(workload: Workload, load: float, lines: Sequence[Line]) -> Workload:
+    """The workload with time scaled to `load` of the SLO capacity of the decode instances.
+
+    At capacity the residents of an instance use, in the mean, all of the rate their targets leave:
+    sum e_r/tau_r = 1 - a/tau_min with e_r = b + c*context, under `continuous` without a KV limit (algorithms.md 5).
+    In steady state a step takes T = a/(1 - W) where W is marginal decode work per second, and the sum is V*T with V
+    the work over its target per second; both grow with the load, which gives the capacity in closed form.
+
+    Raises:
+        ConfigError: the load is no number above 0, or the tightest target is at most the fixed step cost: nothing can
+            meet it.
+    """
+    if not (math.isfinite(load) and load > 0):
+        raise ConfigError(f"decode load is {load}; use a number above 0")
+    a_s, b_s, c_s = (float(np.mean([line[i] for line in lines])) for i in range(3))
+    tightest_s = float(workload.tpot_target_s.min())
+    if tightest_s <= a_s:
+        raise ConfigError(f"the tightest TPOT target is {tightest_s:g} s, the fixed cost of a decode step {a_s:g} s")
+    later = workload.output_tokens - 1.0
+    context = later * (workload.prompt_tokens + 1) + later * (later - 1) / 2
+    work_s = b_s * later + c_s * context
+    span_s = float(workload.arrival_s[-1] - workload.arrival_s[0]) * len(lines)
+    share = 1.0 if math.isinf(tightest_s) else 1 - a_s / tightest_s
+    needed_s = a_s * float(np.sum(work_s / workload.tpot_target_s)) + share * float(work_s.sum())
+    if span_s <= 0 or needed_s <= 0:
+        return workload
+    return scale_time(workload, needed_s / (share * span_s * load))

@@ -9,7 +9,7 @@ class Capped:
 
     def step(self, view: DecodeView) -> DecodePlan:
         """Admit while the step of all stays within the tightest target of residents and candidate."""
-        cap = view.instance.max_batch
+        cap = min(view.instance.max_batch, view.instance.batch_limit)
         step_s = view.instance.step_times.decode_step_s
         tightest_s = view.tightest_tpot_s
         if not view.residents and view.ready:
@@ -19,8 +19,7 @@ class Capped:
             nonlocal tightest_s
             tightest_s = min(tightest_s, request.tpot_target_s)
             return (
-                batch_size < cap
-                and step_s(batch_size + 1, sum_context_tokens + request.context_tokens) <= tightest_s
+                batch_size < cap and step_s(batch_size + 1, sum_context_tokens + request.context_tokens) <= tightest_s
             )
 
         return DecodePlan(admit_while(view, view.ready, in_time))

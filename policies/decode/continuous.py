@@ -8,5 +8,5 @@ class Continuous:
 
     def step(self, view: DecodeView) -> DecodePlan:
         """Admit who fits; everyone takes part."""
-        cap = view.instance.max_batch
+        cap = min(view.instance.max_batch, view.instance.batch_limit)
         return DecodePlan(admit_while(view, view.ready, lambda request, batch_size, sum_context: batch_size < cap))

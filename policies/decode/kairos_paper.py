@@ -2,6 +2,7 @@
 
 import msgspec
 
+from kairos.scheduler_core.domain import RequestId
 from kairos.scheduler_core.policy import DecodePlan, DecodeStep, DecodeView, admit_while
 
 _LENGTH_BIN_TOKENS = 256
@@ -34,14 +35,14 @@ class KairosPaper:
 
     def step(self, view: DecodeView) -> DecodePlan:
         """Admit as `continuous`; take part by the paper's walk."""
-        cap = view.instance.max_batch
+        cap = min(view.instance.max_batch, view.instance.batch_limit)
         admit = admit_while(view, view.ready, lambda request, batch_size, sum_context: batch_size < cap)
         joining = set(admit)
         residents = [*view.residents, *(r for r in view.ready if r.request_id in joining)]
         slack_s = min(
             r.due_s - view.now_s - self._step_s(view, 1, r.context_tokens, r.context_tokens) for r in residents
         )
-        members = []
+        members: list[RequestId] = []
         sum_context = 0
         per_s = 0.0
         for r in sorted(residents, key=lambda r: (r.context_tokens, r.request_id)):

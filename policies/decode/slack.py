@@ -1,5 +1,6 @@
 """Slack-guided batching: admit by room, shrink the step to what the tightest target allows."""
 
+from kairos.scheduler_core.domain import RequestId
 from kairos.scheduler_core.policy import DecodePlan, DecodeView, admit_while
 
 
@@ -34,7 +35,7 @@ class Slack:
         step_s = instance.step_times.decode_step_s
         if step_s(batch_size, sum_context) <= budget_s:
             return DecodePlan(admit)
-        members = []
+        members: list[RequestId] = []
         taken_context = 0
         for r in sorted([*view.residents, *joined], key=lambda r: (r.context_tokens, r.request_id)):
             if members and step_s(len(members) + 1, taken_context + r.context_tokens) > budget_s:

@@ -8,4 +8,6 @@ class LeastContext:
 
     def place_decode(self, view: DecodePlacementView) -> str:
         """The instance with the least context."""
-        return min(view.instances, key=lambda load: load.sum_context_tokens + load.waiting_context_tokens).instance.instance_id
+        return min(
+            view.instances, key=lambda load: load.sum_context_tokens + load.waiting_context_tokens
+        ).instance.instance_id

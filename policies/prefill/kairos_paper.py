@@ -7,6 +7,7 @@ import msgspec
 
 from kairos.scheduler_core.domain import RequestId
 from kairos.scheduler_core.policy import PrefillPlan, PrefillStep, PrefillView
+from kairos.scheduler_core.slo import NO_TARGET_S
 
 _FIRST_STEP_TOKENS = 4096
 """Prompt length at which the profile's prior stands in for the mean rate before the first step."""
@@ -42,7 +43,8 @@ class KairosPaper:
             target_s = w.ttft_target_s
             remaining_tokens = w.prompt_tokens - w.cached_tokens - w.prefilled_tokens
             finish_s += remaining_tokens * seconds_per_token
-            urgency = (target_s - (finish_s - w.arrival_s)) / target_s / w.prompt_tokens
+            slack_share = (target_s - (finish_s - w.arrival_s)) / target_s if target_s < NO_TARGET_S else 1.0
+            urgency = slack_share / w.prompt_tokens
             ranked.append((-urgency, w.request_id, remaining_tokens))
         first = heapq.nsmallest(max(view.wanted, view.instance.max_requests_per_step), ranked)
         return PrefillPlan([request_id for _, request_id, _ in first], self._together(first, view))

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import yaml
 from kairos.adapters.simulator import run as project
-from kairos.adapters.simulator.fleet import build_fleet, step_times_of
+from kairos.adapters.simulator.fleet import build_fleet
 from kairos.adapters.simulator.run import Knobs
 from kairos.adapters.simulator.tables import STATUSES
 from kairos.adapters.simulator.workload import build_workload
 from kairos.adapters.traces import read_trace
+from kairos.predictors.profiles import step_times_of
 from kairos.scheduler_core.config import load_settings
 from kairos.scheduler_core.strategy import parse_strategy
 from simulator.cases import CASES, Case, by_name, strategy_text, to_trace_csv, to_yaml

@@ -1,0 +1,62 @@
+"""`kairos policies` and `kairos strategies`: what is there to choose from."""
+
+import inspect
+import json
+from typing import Annotated
+
+import typer
+
+from kairos.scheduler_core.plugins import POLICY_KINDS, installed, policy_class
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add both commands."""
+    app.command()(policies)
+    app.command()(strategies)
+
+
+def policies(as_json: Json = False) -> None:
+    """List the installed policies of each kind, third parties' included, with their parameters.
+
+    Example: kairos policies
+    """
+    rows = []
+    for kind in POLICY_KINDS:
+        for name in sorted(installed(kind)):
+            found = policy_class(kind, name)
+            takes = inspect.signature(found).parameters.values()
+            rows.append(
+                {
+                    "kind": kind,
+                    "name": name,
+                    "parameters": {p.name: None if p.default is p.empty else p.default for p in takes},
+                    "says": (inspect.getdoc(found) or "").partition("\n")[0],
+                }
+            )
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    for row in rows:
+        parameters = ", ".join(f"{key}={value}" for key, value in row["parameters"].items())
+        shown = f"{row['name']}({parameters})" if parameters else row["name"]
+        typer.echo(f"{row['kind']:18} {shown}\n{'':18}   {row['says']}")
+
+
+def strategies(
+    fleet: Annotated[str, typer.Option(help="A kairos.yaml, or a built-in fleet.")] = "b300", as_json: Json = False
+) -> None:
+    """List the strategies of a configuration; the active one is marked.
+
+    Example: kairos strategies --fleet kairos.yaml
+    """
+    from kairos.adapters.simulator.scenario import settings_of, strategy_of
+
+    settings = settings_of(fleet)
+    found = {name: strategy_of(settings, name).text for name in settings.strategies}
+    if as_json:
+        typer.echo(json.dumps({"active": settings.active, "strategies": found}, indent=2))
+        return
+    for name, text in found.items():
+        typer.echo(f"{'*' if name == settings.active else ' '} {name:16} {text}")

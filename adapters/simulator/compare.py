@@ -1,0 +1,315 @@
+"""A paired comparison: the same arrivals and noise under several strategies, with a bound beside them.
+
+Runs are independent and go through joblib, so over all cores of this machine or, with a registered backend of Ray or
+Dask, of a cluster. Each finished run is kept in `runs/` of the output folder: an interrupted comparison goes on where
+it stopped.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import joblib
+import msgspec
+import numpy as np
+
+import kairos
+from kairos.adapters.simulator import clairvoyant, evidence, windows
+from kairos.adapters.simulator.evidence import Gaps
+from kairos.adapters.simulator.noise import request_factors
+from kairos.adapters.simulator.run import Knobs, StepRow, simulate
+from kairos.adapters.simulator.scenario import (
+    Scenario,
+    fleet_of,
+    notes_of,
+    settings_of,
+    strategy_of,
+    synthetic,
+    workload_of,
+)
+from kairos.adapters.simulator.tables import RequestTable
+from kairos.scheduler_core.slo import FloatArray, attainment
+
+_GAPS_KEPT = 200_000
+"""Gaps between tokens that are kept of a run, evenly spread, the longest included."""
+_BINS = 12
+_PROBABILITIES = np.linspace(0.0, 1.0, 101)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to compare: every strategy in every scenario with every seed."""
+
+    scenarios: Sequence[Scenario]
+    strategies: Sequence[str]
+    seeds: Sequence[int]
+    knobs: Knobs
+
+    @property
+    def runs(self) -> int:
+        """How many runs that is."""
+        return len(self.scenarios) * len(self.strategies) * len(self.seeds)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a comparison needs of one run."""
+
+    table: RequestTable
+    prefill_steps: Sequence[StepRow]
+    decision_us: FloatArray
+    gaps: Gaps
+    fallbacks: Mapping[str, int]
+    notes: Sequence[str]
+
+
+def compare(plan: Plan, out: Path, command: str, jobs: int, progress: Callable[[int], None]) -> dict[str, Any]:
+    """Run what is missing, then write and return results.json.
+
+    Args:
+        plan: what to compare.
+        out: folder of the results, made if need be.
+        command: how it was called, for the record.
+        jobs: processes; -1 = one a core.
+        progress: told how many runs have ended.
+
+    Raises:
+        InputError: a trace, fleet or strategy that cannot be used; before any run begins.
+    """
+    for scenario in plan.scenarios:
+        workload_of(scenario)
+        for text in plan.strategies:
+            strategy_of(settings_of(scenario.fleet), text)
+    folder = out / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [
+        joblib.delayed(_run)(scenario, text, replace(plan.knobs, seed=seed), folder)
+        for scenario in plan.scenarios
+        for text in plan.strategies
+        for seed in plan.seeds
+    ]
+    ended = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
+    for count, _ in enumerate(ended, start=1):
+        progress(count)
+    results = _results(plan, folder, command)
+    (out / "results.json").write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
+    return results
+
+
+# -- one run
+
+
+def _file_of(scenario: Scenario, strategy: str, knobs: Knobs, folder: Path) -> Path:
+    """The file of a run; its name holds everything that the run depends on."""
+    settings = settings_of(scenario.fleet)
+    what = {
+        "kairos": kairos.__version__,
+        "scenario": {key: str(value) for key, value in asdict(scenario).items()},
+        "trace": hashlib.sha256(scenario.trace.read_bytes()).hexdigest(),
+        "settings": settings.model_dump(mode="json"),
+        "strategy": strategy_of(settings, strategy).text,
+        "knobs": asdict(knobs),
+    }
+    digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    return folder / f"{digest[:24]}.joblib"
+
+
+def _run(scenario: Scenario, strategy: str, knobs: Knobs, folder: Path) -> None:
+    path = _file_of(scenario, strategy, knobs, folder)
+    if path.exists():
+        return
+    chosen = strategy_of(settings_of(scenario.fleet), strategy)
+    run = simulate(workload_of(scenario), fleet_of(scenario.fleet), chosen, knobs)
+    columns = {f.name: getattr(run.requests, f.name) for f in fields(RequestTable) if f.name != "workload"}
+    steps = [step for step in run.steps if step.kind == "prefill"]
+    unfinished = path.with_suffix(".part")
+    joblib.dump(
+        (columns, steps, run.decision_us, _thinned(run.gaps), dict(run.fallbacks), list(run.notes)),
+        unfinished,
+        compress=3,
+    )
+    unfinished.replace(path)
+
+
+def _thinned(gaps: Gaps) -> Gaps:
+    n = len(gaps.itl_s)
+    if n <= _GAPS_KEPT:
+        return gaps
+    kept = np.unique(np.append(np.linspace(0, n - 1, _GAPS_KEPT).astype(np.int64), np.argmax(gaps.itl_s)))
+    return Gaps(gaps.request[kept], gaps.itl_s[kept])
+
+
+def _kept(scenario: Scenario, strategy: str, knobs: Knobs, folder: Path) -> Kept:
+    columns, steps, decision_us, gaps, fallbacks, notes = joblib.load(_file_of(scenario, strategy, knobs, folder))
+    return Kept(RequestTable(workload=workload_of(scenario), **columns), steps, decision_us, gaps, fallbacks, notes)
+
+
+# -- results.json
+
+
+def _results(plan: Plan, folder: Path, command: str) -> dict[str, Any]:
+    cells: list[dict[str, Any]] = []
+    bounds: list[dict[str, Any]] = []
+    pairs: list[evidence.Pair] = []
+    timelines: list[dict[str, Any]] = []
+    notes: dict[str, None] = {}
+    prefill_only = plan.knobs.stages == "prefill"
+    metrics: Sequence[evidence.Metric] = (
+        ("ttft_attainment",) if prefill_only else ("slo_attainment", "ttft_attainment", "tpot_attainment")
+    )
+    for scenario in plan.scenarios:
+        notes.update(dict.fromkeys(notes_of(scenario.trace)))
+        place = {
+            "trace": workload_of(scenario).trace,
+            "target": scenario.target or "configured",
+            "load": scenario.level,
+        }
+        runs = {
+            text: [_kept(scenario, text, replace(plan.knobs, seed=seed), folder) for seed in plan.seeds]
+            for text in plan.strategies
+        }
+        tables = {text: [run.table for run in kept] for text, kept in runs.items()}
+        blocks = evidence.time_blocks(tables[plan.strategies[0]])
+        for text, kept in runs.items():
+            figures = evidence.cell_metrics(
+                tables[text], blocks, [run.decision_us for run in kept], None if prefill_only else [r.gaps for r in kept]
+            )
+            cells.append(
+                {
+                    **place,
+                    "strategy": text,
+                    "metrics": figures,
+                    "distributions": _distributions(tables[text]),
+                    "predicted_vs_actual": _predicted_actual(tables[text]),
+                }
+            )
+            notes.update(dict.fromkeys(note for run in kept for note in run.notes))
+            notes.update(dict.fromkeys(_fallback_notes(text, kept)))
+        for b, a in combinations(plan.strategies, 2):
+            for metric in metrics:
+                comparison = evidence.pair_verdict(tables[a], tables[b], blocks, metric)
+                pairs.append(
+                    evidence.Pair(
+                        a=a,
+                        b=b,
+                        metric=metric,
+                        difference_pp=comparison.difference_pp,
+                        verdict=comparison.verdict,
+                        **place,
+                    )
+                )
+        bounds.extend({**place, "seed": seed, "ttft_attainment": _bound(scenario, plan, seed)} for seed in plan.seeds)
+        timelines.extend(_timelines(place, plan, {text: kept[0] for text, kept in runs.items()}))
+    meta = {
+        "version": kairos.__version__,
+        "command": command,
+        "seeds": list(plan.seeds),
+        "config": {s.fleet: settings_of(s.fleet).model_dump(mode="json") for s in plan.scenarios},
+        "baseline": plan.strategies[0],
+        "strategies": {
+            text: strategy_of(settings_of(plan.scenarios[0].fleet), text).text for text in plan.strategies
+        },
+        "stages": plan.knobs.stages,
+        "knobs": asdict(plan.knobs),
+        "synthetic": {workload_of(s).trace: synthetic(s.trace) for s in plan.scenarios},
+        "notes": list(notes),
+        "expected_false": evidence.expected_false(pairs),
+        "sentences": [evidence.sentence(pair) for pair in pairs],
+    }
+    results = {"meta": meta, "cells": cells, "bounds": bounds, "pairs": pairs, "timelines": timelines}
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(results))
+    return plain
+
+
+def _fallback_notes(strategy: str, kept: Sequence[Kept]) -> Iterator[str]:
+    for run in kept:
+        for what, count in run.fallbacks.items():
+            yield f"{strategy}: {count} decisions by arrival order, since {what}"
+
+
+def ttft_bound(scenario: Scenario, knobs: Knobs) -> tuple[int, int]:
+    """The most requests that any scheduler could serve within their TTFT target, and how many are submitted."""
+    workload, fleet = workload_of(scenario), fleet_of(scenario.fleet)
+    noise = np.array(request_factors(knobs.seed, "prefill noise", knobs.noise, len(workload)))
+    cached = (
+        clairvoyant.shareable_tokens(workload)
+        if any(unit.cache_tokens for unit in fleet.prefill)
+        else np.zeros(len(workload), dtype=np.int64)
+    )
+    work_s = np.full(len(workload), np.inf)
+    alone_s = np.full(len(workload), np.inf)
+    for unit in fleet.prefill:
+        line = unit.instance.step_times.prefill_line
+        pays = unit.instance.max_requests_per_step == 1
+        work_s = np.minimum(work_s, clairvoyant.lower_bound_work_s(line, workload.prompt_tokens, cached, noise, pays))
+        alone_s = np.minimum(
+            alone_s, clairvoyant.lower_bound_work_s(line, workload.prompt_tokens, cached, noise, pays_fixed_cost=True)
+        )
+    possible = alone_s <= workload.ttft_target_s
+    count = clairvoyant.ttft_bound(
+        workload.arrival_s[possible],
+        work_s[possible],
+        (workload.arrival_s + workload.ttft_target_s)[possible],
+        len(fleet.prefill),
+    )
+    return count, len(workload)
+
+
+def _bound(scenario: Scenario, plan: Plan, seed: int) -> float:
+    count, submitted = ttft_bound(scenario, replace(plan.knobs, seed=seed))
+    return count / submitted
+
+
+def _distributions(tables: Sequence[RequestTable]) -> dict[str, Any]:
+    """Quantile functions over all submitted requests; a request that never had the value counts as the largest."""
+    found = {}
+    for name in ("ttft_s", "tpot_s"):
+        values = np.concatenate([getattr(table, name) for table in tables])
+        if name == "tpot_s":
+            values = values[np.concatenate([table.workload.output_tokens > 1 for table in tables])]
+        if not np.isfinite(values).any():
+            continue
+        ordered = np.sort(np.where(np.isnan(values), np.inf, values))
+        at = np.minimum((_PROBABILITIES * len(ordered)).astype(np.int64), len(ordered) - 1)
+        found[name] = {
+            "probabilities": _PROBABILITIES.round(2).tolist(),
+            "values": [value if np.isfinite(value) else None for value in ordered[at].tolist()],
+        }
+    return found
+
+
+def _predicted_actual(tables: Sequence[RequestTable]) -> list[dict[str, float]]:
+    """Medians of predicted and actual isolated prefill seconds in bins of equally many requests."""
+    predicted = np.concatenate([table.predicted_prefill_s for table in tables])
+    actual = np.concatenate([table.actual_prefill_s for table in tables])
+    known = np.flatnonzero(np.isfinite(predicted) & np.isfinite(actual))
+    bins = np.array_split(known[np.argsort(predicted[known])], _BINS)
+    return [
+        {"predicted_s": float(np.median(predicted[b])), "actual_s": float(np.median(actual[b])), "n": len(b)}
+        for b in bins
+        if len(b)
+    ]
+
+
+def _timelines(place: Mapping[str, Any], plan: Plan, first: Mapping[str, Kept]) -> list[dict[str, Any]]:
+    """The worst head-of-line window of the baseline, under it and under the strategy with the best attainment."""
+    baseline = plan.strategies[0]
+    window = windows.worst_blocking(first[baseline].table, first[baseline].prefill_steps)
+    if window is None:
+        return []
+    best = max(plan.strategies, key=lambda text: attainment(first[text].table.ttft_met))
+    return [
+        {
+            **place,
+            "seed": plan.seeds[0],
+            "strategy": text,
+            **windows.timeline(first[text].table, first[text].prefill_steps, window),
+        }
+        for text in dict.fromkeys((baseline, best))
+    ]
+
+
