@@ -28,7 +28,7 @@ def sniff(path: Path, text: str = "") -> Format | None:
     """The format that a file (its name and first line) or folder seems to have; None: none of ours."""
     first = text.lstrip().split("\n", 1)[0]
     columns = {name.strip() for name in first.split(",")}
-    if path.is_dir() or path.name.endswith("-trace.csv"):
+    if path.is_dir() or path.match("chunk-*-trace.csv"):
         return "servegen"
     if columns.issuperset(AZURE_COLUMNS):
         return "azure"
@@ -37,6 +37,19 @@ def sniff(path: Path, text: str = "") -> Format | None:
     if first.startswith("{"):
         return "mooncake" if all(f'"{field}"' in first for field in MOONCAKE_FIELDS) else "bench"
     return "kairos" if columns.intersection(NEEDED) else None
+
+
+def read_trace(path: Path) -> Trace:
+    """A trace in Kairos's own format, in file order.
+
+    Raises:
+        TraceError: the file, row, column and value that cannot be used, and how to mend it.
+    """
+    text = "" if path.is_dir() else read_text(path)
+    found = sniff(path, text)
+    if found not in ("kairos", None):
+        raise TraceError(f"{path}: looks like {found}, not like a trace of Kairos; see kairos trace convert --help")
+    return parse_trace(path, text)
 
 
 def read_any(

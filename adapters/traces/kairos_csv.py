@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from kairos.adapters.traces.files import Table, note, note_order, parse_cells, read_table, read_text, stem
+from kairos.adapters.traces.files import Table, note, note_order, parse_cells, read_table, stem
 from kairos.adapters.traces.trace import LABELS, SYNTHETIC, Trace, block_tokens_of
 from kairos.scheduler_core.domain import RequestId
 from kairos.scheduler_core.errors import TraceError
@@ -15,17 +15,12 @@ NEEDED = ("arrival_s", "input_tokens", "output_tokens")
 COLUMNS = (*NEEDED, "hash_ids", *LABELS, "request_id")
 
 
-def read_trace(path: Path) -> Trace:
-    """A trace in Kairos's format, in file order.
+def parse_trace(path: Path, text: str) -> Trace:
+    """The trace in a file's text, in file order.
 
     Raises:
-        TraceError: says the file, row, column and value that cannot be used, and how to mend it.
+        TraceError: says the row, column and value that cannot be used, and how to mend it.
     """
-    return parse_trace(path, read_text(path))
-
-
-def parse_trace(path: Path, text: str) -> Trace:
-    """The same from text that was read already."""
     table = read_table(path, text, NEEDED, COLUMNS)
     notes: dict[str, int] = {}
     arrival_s = table.arrivals_s("arrival_s")

@@ -201,6 +201,18 @@ def test_a_format_is_found_by_its_looks(text: str, name: str, found: str | None)
     assert sniff(Path(name), text) == found
 
 
+def test_a_foreign_trace_where_one_of_ours_is_needed_is_told_to_be_converted(tmp_path: Path) -> None:
+    for path in (written(tmp_path, AZURE_2023, "azure.csv"), servegen(tmp_path)):
+        with pytest.raises(TraceError, match=r"looks like (azure|servegen), not like a trace of Kairos; see kairos"):
+            read_trace(path)
+
+
+def test_a_trace_of_ours_may_have_any_name(tmp_path: Path) -> None:
+    path = written(tmp_path, "arrival_s,input_tokens,output_tokens\n0,1,1\n", "prod-trace.csv")
+
+    assert len(read_any(path)) == len(read_trace(path)) == 1
+
+
 def test_a_forced_format_is_used_whatever_the_looks(tmp_path: Path) -> None:
     path = written(tmp_path, AZURE_2023, "a.csv")
 
