@@ -99,7 +99,7 @@ def traces(draw: st.DrawFn) -> Trace:
         arrival_s=np.array(draw(st.lists(st.floats(0, 1e9), min_size=n, max_size=n))),
         prompt_tokens=prompt_tokens,
         output_tokens=np.array(draw(lengths)),
-        request_id=draw(st.one_of(st.none(), st.permutations(range(n)).map(list))),
+        request_id=[*draw(st.permutations(range(n)))] if draw(st.booleans()) else None,
         block_ids=[tuple(range(-(-p // 512))) for p in prompt_tokens.tolist()] if with_blocks else None,
         tenant=draw(column),
         session_id=draw(column),

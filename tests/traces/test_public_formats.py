@@ -164,7 +164,7 @@ def test_servegen_is_drawn_by_seed_and_window(tmp_path: Path) -> None:
     same = [read_any(service, seed=3, start_s=300, duration_s=100).arrival_s for _ in range(2)]
     other = read_any(service, seed=4, start_s=300, duration_s=100).arrival_s
 
-    assert np.array_equal(*same)
+    assert np.array_equal(same[0], same[1])
     assert not np.array_equal(same[0], other)
     assert 0 <= same[0].min() <= same[0].max() < 100
 
