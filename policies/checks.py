@@ -146,26 +146,49 @@ def _has_the_method_of_its_kind(subject: _Subject) -> None:
 
 
 def _reaches_nothing_outside(subject: _Subject) -> None:
-    """A policy reaches no clock, no chance and nothing outside: its module neither imports nor calls them."""
+    """A policy reaches no clock, no chance and nothing outside: neither it nor what it uses of its module does."""
     module = sys.modules.get(subject.policy.__module__)
     try:
-        tree = ast.parse(inspect.getsource(module)) if module is not None else None
+        tree = ast.parse(inspect.getsource(module)) if module is not None else ast.Module([], [])
     except (OSError, TypeError):  # typed into an interpreter: there is no source to read
-        tree = None
+        return
     rule = "reads no clock, does no I/O and draws no random number"
-    for node in ast.walk(tree) if tree is not None else ():
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        for name in names:
-            if name.split(".")[0] in IMPURE_MODULES or name.startswith("numpy.random"):
-                raise subject.broken(rule, f"its module imports {name.removesuffix('.*')}")
+    imported = _imported(tree)
+    for node in _used_by(subject.policy.__name__, tree):
         if isinstance(node, ast.Attribute) and node.attr == "random":
-            raise subject.broken(rule, f"its module uses {ast.unparse(node)}")
+            raise subject.broken(rule, f"it uses {ast.unparse(node)}")
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _IMPURE_CALLS:
-            raise subject.broken(rule, f"its module calls {node.func.id}()")
+            raise subject.broken(rule, f"it calls {node.func.id}()")
+        origin = imported.get(node.id, "") if isinstance(node, ast.Name) else ""
+        if origin.split(".")[0] in IMPURE_MODULES or origin.startswith("numpy.random"):
+            raise subject.broken(rule, f"it uses {origin}")
+
+
+def _imported(tree: ast.Module) -> dict[str, str]:
+    """Where each imported name of a module comes from."""
+    origins = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            origins.update({alias.asname or alias.name.split(".")[0]: alias.name for alias in node.names})
+        elif isinstance(node, ast.ImportFrom):
+            origins.update({alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names})
+    return origins
+
+
+def _used_by(name: str, tree: ast.Module) -> Iterator[ast.AST]:
+    """The syntax of a class and of everything in its module that it uses, directly or not."""
+    defined: dict[str, ast.AST] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            defined[node.name] = node
+        elif isinstance(node, ast.Assign):
+            defined.update({target.id: node for target in node.targets if isinstance(target, ast.Name)})
+    todo = [name]
+    while todo:
+        for node in ast.walk(defined.pop(todo.pop(), ast.Module([], []))):
+            yield node
+            if isinstance(node, ast.Name):
+                todo.append(node.id)
 
 
 def _keeps_its_memory_in_state(subject: _Subject) -> None:

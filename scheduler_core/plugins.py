@@ -11,7 +11,7 @@ from kairos.scheduler_core.errors import ConfigError, UnknownPolicyError
 PolicyKind = Literal["prefill", "prefill_placement", "decode_placement", "decode", "admission"]
 POLICY_KINDS: tuple[PolicyKind, ...] = get_args(PolicyKind)
 
-_METHODS: dict[PolicyKind, tuple[str, ...]] = {
+METHODS: dict[PolicyKind, tuple[str, ...]] = {
     "prefill": ("order", "plan"),
     "prefill_placement": ("place_prefill",),
     "decode_placement": ("place_decode",),
@@ -45,8 +45,8 @@ def policy_class(kind: PolicyKind, name: str) -> type[Any]:
         found = getattr(module, point.attr)
     except (ImportError, AttributeError, SyntaxError) as problem:
         raise ConfigError(f"cannot load {kind} policy '{name}' from {point.value}: {problem}") from problem
-    if not inspect.isclass(found) or not any(callable(getattr(found, method, None)) for method in _METHODS[kind]):
-        wanted = " or ".join(f"{method}(view)" for method in _METHODS[kind])
+    if not inspect.isclass(found) or not any(callable(getattr(found, method, None)) for method in METHODS[kind]):
+        wanted = " or ".join(f"{method}(view)" for method in METHODS[kind])
         raise ConfigError(f"{point.value} is no {kind} policy: it needs a class with {wanted}")
     return found
 
