@@ -14,12 +14,13 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 352, 10, 176
 
 @dataclass(frozen=True)
 class Chart:
-    """One small multiple. ``bound`` is a line without a band; it may be empty."""
+    """One small multiple. ``bound`` is a line without a band; it and ``x_ticks`` may be empty."""
 
     x: Scale
     y: Scale
     series: Sequence[Series]
     bound: Sequence[tuple[float, float | None]] = ()
+    x_ticks: Sequence[float] = ()
 
 
 def attainment_by_load(c: Comparison, panel: Panel, metric: str) -> Chart | None:
@@ -38,6 +39,7 @@ def attainment_by_load(c: Comparison, panel: Panel, metric: str) -> Chart | None
         y=Scale(0, 1, BOTTOM, TOP),
         series=series,
         bound=[(load, c.bound(Place(*panel, load), metric)) for load in loads],
+        x_ticks=loads if len(loads) <= 7 else (),
     )
 
 

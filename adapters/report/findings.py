@@ -1,15 +1,15 @@
 """What the report says in words: headings and sentences, each made from the numbers it stands over."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 from kairos.adapters.report.comparison import Comparison, Difference, Panel, Place
-from kairos.adapters.report.results import Interval
-from kairos.adapters.report.timeline import Row, Window
-from kairos.scheduler_core.drawing.text import MINUS, counted, percent, points, seconds, shown, signed, thousands
+from kairos.adapters.report.results import Interval, TimelineRequest, interval
+from kairos.adapters.report.timeline import Lane, Row, Window
+from kairos.scheduler_core.drawing.text import DASH, MINUS, counted, percent, points, seconds, shown, signed, thousands
 
 IN_TIME = {
     "slo_attainment": "in time end to end",
@@ -104,6 +104,14 @@ def _verdict(c: Comparison, strategy: str) -> Verdict:
     return Verdict(strategy, counts, smallest, largest, sentence)
 
 
+def range_of(verdict: Verdict) -> str:
+    """The differences of a verdict from the smallest to the largest."""
+    if verdict.smallest is None or verdict.largest is None:
+        return DASH
+    low, high = verdict.smallest.points.mean, verdict.largest.points.mean
+    return points(low) if verdict.cells == 1 else f"{signed(low)} to {points(high)}"
+
+
 def headline(c: Comparison, best: Verdict | None) -> Markup:
     """The report in one sentence."""
     if best is None:
@@ -121,11 +129,17 @@ def headline(c: Comparison, best: Verdict | None) -> Markup:
         return Markup("{} keeps {} requests in time than {} in {}, by up to {}").format(
             names[0], verb, names[1], many, how_much.lstrip(f"+{MINUS}")
         )
+    if best.counts.get(SHORT) == best.cells:
+        return Markup("No verdict, too short for an interval: {} minus {} is {} in the mean").format(
+            *names, range_of(best)
+        )
     return Markup("No difference shown between {} and {} in {}").format(*names, counted(best.cells, "cell"))
 
 
 def _of(some: int, of: int, noun: str) -> str:
-    return f"all {counted(of, noun)}" if some == of > 1 else f"{some} of {counted(of, noun)}"
+    if some == of > 1:
+        return f"both {noun}s" if of == 2 else f"all {counted(of, noun)}"
+    return f"{some} of {counted(of, noun)}"
 
 
 def bound_heading(c: Comparison) -> Markup:
@@ -186,6 +200,8 @@ def losses(c: Comparison) -> Losses:
         summary = Markup("{} loses in {}, by an interval that excludes 0:").format(
             shown(strategy), counted(len(sure), "cell")
         )
+    elif not any(interval(pair.difference_pp).known for pair in c.results.pairs):
+        summary = Markup("No pair has an interval, so only means can be compared.")
     else:
         summary = Markup("In no cell is another strategy ahead of {} by an interval that excludes 0.").format(
             shown(strategy)
@@ -201,6 +217,32 @@ def losses(c: Comparison) -> Losses:
     return Losses(lines, max(len(sure) - MAX_LOSSES, 0), summary)
 
 
+def costs(c: Comparison) -> list[Markup]:
+    """Times in which the best strategy is worse than the baseline, in how many cells and where most."""
+    lines = []
+    for words, of in _TIMES.items():
+        known = [
+            (mine / theirs, mine, theirs, place)
+            for place in c.places
+            if c.best and (mine := of(c, place, c.best)) is not None and (theirs := of(c, place, c.baseline))
+        ]
+        worse = [k for k in known if k[0] > 1]
+        if worse:
+            _, mine, theirs, place = max(worse, key=lambda k: k[0])
+            lines.append(
+                Markup("{} is longer in {}; the most: {} against {} ({}).").format(
+                    words, _of(len(worse), len(known), "cell"), seconds(mine), seconds(theirs), at(place)
+                )
+            )
+    return lines
+
+
+def worst_wait_s(c: Comparison, place: Place, strategy: str) -> float | None:
+    """The longest wait of any request."""
+    cell = c.cell(place, strategy)
+    return interval(cell.metrics.worst_wait_s).mean if cell else None
+
+
 def by_chance(all_verdicts: Iterable[Verdict]) -> str:
     """How many verdicts to expect from chance alone."""
     tested = sum(v.cells - v.counts.get(SHORT, 0) for v in all_verdicts)
@@ -212,7 +254,8 @@ def by_chance(all_verdicts: Iterable[Verdict]) -> str:
 def ranking(c: Comparison) -> Markup:
     """Heading of the tables: how often the best strategy is first at the reference load."""
     strategy = c.best or c.baseline
-    first = sum(c.strategies_at(panel)[0] == strategy for panel in c.panels)
+    shares = [{s: c.attainment(c.reference(p), s, c.metric).mean or 0.0 for s in c.strategies} for p in c.panels]
+    first = sum(of[strategy] >= max(of.values()) for of in shares)
     if len(c.panels) == 1:
         place = c.reference(c.panels[0])
         top = c.strategies_at(c.panels[0])[0]
@@ -259,11 +302,14 @@ def capacity(c: Comparison) -> Markup:
 
 @dataclass(frozen=True)
 class Group:
-    """Differences to the baseline for one part of the requests: (points, intervals apart) by challenger."""
+    """Differences to the baseline for one part of the requests: (points, intervals apart) by challenger.
+
+    ``apart`` is None where an interval is missing.
+    """
 
     kind: str
     name: str
-    differences: Sequence[tuple[float, bool] | None]
+    differences: Sequence[tuple[float, bool | None] | None]
 
 
 KINDS = {"by_prompt_quartile": "prompt length", "by_class": "class", "by_tenant": "tenant"}
@@ -273,6 +319,7 @@ MAX_MEMBERS = 8
 def groups(c: Comparison, panel: Panel, challengers: Sequence[str]) -> tuple[list[Group], int]:
     """Parts of the requests at the reference load, and how many tenants or classes were left out.
 
+    A kind with one member is all requests, so it is no part.
     Of a kind with more than eight members those with the largest differences stay. No paired interval exists for
     parts, so ``apart`` says whether the two strategies' own intervals do not touch, which is the stricter test.
     """
@@ -285,6 +332,8 @@ def groups(c: Comparison, panel: Panel, challengers: Sequence[str]) -> tuple[lis
             for name in base
         ]
         members = [m for m in members if any(m.differences)]
+        if len(members) < 2:
+            continue
         if len(members) > MAX_MEMBERS:
             left_out += len(members) - MAX_MEMBERS
             largest = sorted(members, key=lambda m: -max(abs(d[0]) for d in m.differences if d))[:MAX_MEMBERS]
@@ -305,12 +354,12 @@ def _part_name(kind: str, name: str, names: list[str]) -> str:
     return f"{name}, {('shortest quarter', 'second quarter', 'third quarter', 'longest quarter')[names.index(name)]}"
 
 
-def _apart(a: Interval | None, b: Interval) -> tuple[float, bool] | None:
+def _apart(a: Interval | None, b: Interval) -> tuple[float, bool | None] | None:
     if a is None or a.mean is None or b.mean is None:
         return None
-    apart = None not in (a.low, a.high, b.low, b.high) and (
-        (a.low or 0.0) > (b.high or 0.0) or (a.high or 0.0) < (b.low or 0.0)
-    )
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return 100 * (a.mean - b.mean), None
+    apart = a.low > b.high or a.high < b.low
     return 100 * (a.mean - b.mean), apart
 
 
@@ -331,10 +380,14 @@ def winners_and_losers(c: Comparison, parts: Iterable[tuple[Panel, Sequence[Grou
 def quantile_s(c: Comparison, place: Place, strategy: str, what: str, name: str) -> float | None:
     """``p50`` and so on of ``ttft_s`` or ``tpot_s``."""
     cell = c.cell(place, strategy)
-    if cell is None:
-        return None
-    value = getattr(cell.metrics, what).get(name)
-    return value.mean if isinstance(value, Interval) else value
+    return interval(getattr(cell.metrics, what).get(name)).mean if cell else None
+
+
+_TIMES: dict[str, Callable[[Comparison, Place, str], float | None]] = {
+    "p99 TTFT": lambda c, place, strategy: quantile_s(c, place, strategy, "ttft_s", "p99"),
+    "p99 TPOT": lambda c, place, strategy: quantile_s(c, place, strategy, "tpot_s", "p99"),
+    "The worst wait": worst_wait_s,
+}
 
 
 def tail(c: Comparison, place: Place, what: str) -> Markup:
@@ -377,17 +430,15 @@ def blocking(window: Window, row: Row) -> Markup:
 
 
 def same_arrivals(window: Window) -> Markup:
-    """Heading of a window: late requests under each strategy."""
+    """Heading of a window: late requests under each strategy, and whether they are the same requests."""
     said = [Markup("{} of {} under {}").format(r.late, r.submitted, shown(r.timeline.strategy)) for r in window.rows]
-    return Markup("The same arrivals, requests late: {}").format(Markup(", ").join(said))
+    what = "The same arrivals" if window.same_requests else "The same seconds on one instance"
+    return Markup("{}, requests late: {}").format(what, Markup(", ").join(said))
 
 
-def lane_sentence(window: Window, row: Row, index: int) -> str:
-    """What one lane shows, for who cannot see it."""
-    lane = row.lanes[index]
+def lane_sentence(lane: Lane) -> str:
+    """What a lane shows, for who cannot see it."""
     r = lane.request
-    if r is None:
-        return "not on this instance in this window"
     said = [f"{thousands(r.prompt_tokens)} tokens"]
     if r.start_s is not None:
         said.append(f"waited {seconds(r.start_s - r.arrival_s)}")
@@ -399,7 +450,6 @@ def lane_sentence(window: Window, row: Row, index: int) -> str:
     return ", ".join(said)
 
 
-def ttft(request: object) -> str:
+def ttft(request: TimelineRequest) -> str:
     """TTFT of a timeline's request in words."""
-    first, arrival = getattr(request, "first_token_s", None), getattr(request, "arrival_s", 0.0)
-    return seconds(None if first is None else first - arrival)
+    return seconds(None if request.first_token_s is None else request.first_token_s - request.arrival_s)

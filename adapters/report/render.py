@@ -87,6 +87,7 @@ def _render(read: Results, left_out: Sequence[str]) -> str:
         bound_sentence=findings.bound_sentence(c),
         by_chance=findings.by_chance(verdicts),
         losses=findings.losses(c),
+        costs=findings.costs(c),
         ranking=findings.ranking(c),
         tables=[_table(c, panel) for panel in c.panels],
         capacity=findings.capacity(c),
@@ -96,16 +97,16 @@ def _render(read: Results, left_out: Sequence[str]) -> str:
         parts_heading=findings.winners_and_losers(c, [(p.panel, p.groups) for p in parts]),
         tails=findings.tails(c),
         latencies=list(_latencies(c)),
-        windows=[_window(w) for w in timeline.windows(read.timelines)],
+        window=_window(read.timelines),
         blocking=findings.blocking,
         lane_sentence=findings.lane_sentence,
         ttft=findings.ttft,
-        since=lambda view, at_s: None if at_s is None else at_s - view.window.x.low,
+        range_of=findings.range_of,
         predictions=list(_predictions(c)),
         accuracy=accuracy,
         accuracy_heading=_accuracy_heading(c),
         cells=_cells(c),
-        sentences=[cell.sentence for cell in read.cells if cell.sentence],
+        sentences=[*(cell.sentence for cell in read.cells if cell.sentence), *read.meta.sentences],
         pairs=_pairs(c, pair_metrics),
         pair_metrics=pair_metrics,
         long_names=_long_names(read),
@@ -178,7 +179,7 @@ def _strategy_row(c: Comparison, place: Place, strategy: str) -> StrategyRow:
         of_bound=c.of_bound(place, strategy),
         goodput=_plain(cell.metrics.goodput_per_s, 2) if cell else DASH,
         p99=findings.quantile_s(c, place, strategy, "ttft_s", "p99"),
-        worst_wait=interval(cell.metrics.worst_wait_s).mean if cell else None,
+        worst_wait=findings.worst_wait_s(c, place, strategy),
         worst=worst,
         best=best,
     )
@@ -216,7 +217,7 @@ class PartsTable:
     left_out: int
     x: Scale
     scale_label: str
-    marks: Sequence[Sequence[tuple[int, float, bool]]]
+    marks: Sequence[Sequence[tuple[int, float, bool | None]]]
 
 
 def _compared(c: Comparison) -> list[str]:
@@ -265,20 +266,29 @@ class WindowView:
     rule: str
     ticks: Sequence[float]
 
+    def since(self, at_s: float | None) -> float | None:
+        """A time on the clock of the run as seconds since the window began."""
+        return None if at_s is None else at_s - self.window.x.low
+
     def tick(self, at_s: float) -> str:
         """A tick as seconds since the window began."""
         return f"{at_s - self.window.x.low:g} s"
 
 
-def _window(window: timeline.Window) -> WindowView:
-    first: Timeline = window.rows[0].timeline
+def _window(timelines: Sequence[Timeline]) -> WindowView | None:
+    found = timeline.worst_window(timelines)
+    if found is None:
+        return None
+    window, of = found
+    first = window.rows[0].timeline
+    of_several = f"of {of} windows recorded, the one with the most seconds waited behind the blocker" if of > 1 else ""
     x = window.x
     return WindowView(
         window=window,
         heading=findings.blocking(window, window.rows[0]) if len(window.rows) == 1 else findings.same_arrivals(window),
         place=Place(first.trace, first.target, first.load),
         seed=first.seed,
-        rule=first.rule,
+        rule="; ".join(filter(None, [visible(first.rule), of_several])),
         ticks=[x.low + t for t in Scale(0, x.high - x.low, 0, 1).ticks(6)],
     )
 

@@ -181,8 +181,10 @@ class Meta(msgspec.Struct, frozen=True):
     config: Any = None
     baseline: str | None = None
     stages: str = "all"
+    strategies: dict[str, str] = {}
     synthetic: dict[str, bool] = {}
     notes: list[str] = []
+    sentences: list[str] = []
 
 
 class Results(msgspec.Struct, frozen=True):

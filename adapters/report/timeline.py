@@ -8,16 +8,16 @@ from kairos.scheduler_core.drawing.scale import Scale
 
 MAX_LANES = 40
 MAX_BLOCKS_PER_LANE = 50
+_NOTICED_S = 1e-6
 Span = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Lane:
-    """One request; spans in seconds on the clock of the run. ``request`` is None where it was not in this window."""
+    """One request; spans in seconds on the clock of the run."""
 
-    request_id: str
-    request: TimelineRequest | None
-    waiting: Span | None
+    request: TimelineRequest
+    waiting: Span
     blocks: Sequence[Span]
     prefill_s: float
     is_blocker: bool
@@ -32,6 +32,7 @@ class Row:
         held: when the blocker ran, turn by turn.
         held_s: how long that was.
         behind, behind_late: requests that waited while it ran, and those of them that were late.
+        behind_s: what they waited while it ran, together.
         late, submitted: over all requests of the window.
     """
 
@@ -41,27 +42,43 @@ class Row:
     held_s: float
     behind: int
     behind_late: int
+    behind_s: float
     late: int
     submitted: int
+
+    @property
+    def hidden(self) -> int:
+        """Requests without a lane."""
+        return self.submitted - len(self.lanes)
 
 
 @dataclass(frozen=True)
 class Window:
-    """The same arrivals under several strategies, one time axis for all; ``hidden`` requests have no lane."""
+    """One stretch of time under several strategies, one time axis for all.
+
+    Attributes:
+        same_requests: whether all rows hold the same requests, not only the same instance and time.
+    """
 
     blocker: str | None
     blocker_tokens: int
     rows: Sequence[Row]
     x: Scale
-    hidden: int
+    same_requests: bool
 
 
-def windows(timelines: Sequence[Timeline]) -> list[Window]:
-    """Timelines of one run (trace, target, load, seed) and window together, in the order given."""
+def worst_window(timelines: Sequence[Timeline]) -> tuple[Window, int] | None:
+    """The window with the most seconds waited behind the blocker, and how many windows there are.
+
+    A window is what was recorded of one run (trace, target, load, seed) from one moment on, the first strategy first;
+    that one counts.
+    """
     together: dict[tuple[object, ...], list[Timeline]] = {}
     for t in timelines:
         together.setdefault((t.trace, t.target, t.load, t.seed, t.start_s), []).append(t)
-    return [_window(same) for same in together.values()]
+    if not together:
+        return None
+    return max(map(_window, together.values()), key=lambda w: w.rows[0].behind_s), len(together)
 
 
 def _window(timelines: Sequence[Timeline]) -> Window:
@@ -69,53 +86,52 @@ def _window(timelines: Sequence[Timeline]) -> Window:
     behind = set[str]()
     for t in timelines:
         held = _held(t, blocker)
-        behind |= {str(r.request_id) for r in t.requests if _waited(r, t.end_s, held)}
-    everyone = {str(r.request_id): r for t in reversed(timelines) for r in t.requests}
-    by_interest = sorted(everyone, key=lambda i: (i != blocker, i not in behind, everyone[i].arrival_s))
-    lanes = sorted(by_interest[:MAX_LANES], key=lambda i: (everyone[i].arrival_s, i))
-    start_s = min([t.start_s for t in timelines] + [everyone[i].arrival_s for i in lanes])
-    end_s = max(t.end_s for t in timelines)
+        behind |= {str(r.request_id) for r in t.requests if _waited_s(r, t.end_s, held) > _NOTICED_S}
+    start_s, end_s = min(t.start_s for t in timelines), max(t.end_s for t in timelines)
+    tokens = {str(r.request_id): r.prompt_tokens for t in timelines for r in t.requests}
     return Window(
         blocker=blocker,
-        blocker_tokens=everyone[blocker].prompt_tokens if blocker in everyone else 0,
-        rows=[_row(t, blocker, lanes) for t in timelines],
+        blocker_tokens=tokens.get(blocker or "", 0),
+        rows=[_row(t, blocker, behind) for t in timelines],
         x=Scale(start_s, max(end_s, start_s + 1e-3), 0, 100),
-        hidden=len(everyone) - len(lanes),
+        same_requests=all(len(t.requests) == len(tokens) for t in timelines),
     )
 
 
-def _row(timeline: Timeline, blocker: str | None, lanes: Sequence[str]) -> Row:
+def _row(timeline: Timeline, blocker: str | None, behind_any: set[str]) -> Row:
     held = _held(timeline, blocker)
-    requests = {str(r.request_id): r for r in timeline.requests}
-    behind = [r for i, r in requests.items() if i != blocker and _waited(r, timeline.end_s, held)]
+    behind = [
+        r for r in timeline.requests if str(r.request_id) != blocker and _waited_s(r, timeline.end_s, held) > _NOTICED_S
+    ]
+
+    def interest(r: TimelineRequest) -> tuple[bool, bool, float]:
+        return str(r.request_id) != blocker, str(r.request_id) not in behind_any, r.arrival_s
+
+    drawn = sorted(sorted(timeline.requests, key=interest)[:MAX_LANES], key=lambda r: r.arrival_s)
     return Row(
         timeline=timeline,
-        lanes=[_lane(timeline, i, requests.get(i), blocker, held) for i in lanes],
+        lanes=[_lane(timeline, r, blocker, held) for r in drawn],
         held=held,
         held_s=sum(end - start for start, end in held),
         behind=len(behind),
         behind_late=sum(not r.ttft_met for r in behind),
+        behind_s=sum(_waited_s(r, timeline.end_s, held) for r in behind),
         late=sum(not r.ttft_met for r in timeline.requests),
         submitted=len(timeline.requests),
     )
 
 
-def _lane(
-    timeline: Timeline, request_id: str, request: TimelineRequest | None, blocker: str | None, held: Sequence[Span]
-) -> Lane:
+def _lane(timeline: Timeline, request: TimelineRequest, blocker: str | None, held: Sequence[Span]) -> Lane:
+    request_id = str(request.request_id)
     blocks = _steps_of(timeline, request_id)
-    waiting = None
-    if request is not None:
-        until = timeline.end_s if request.first_token_s is None else request.first_token_s
-        waiting = (request.arrival_s, max(until, request.arrival_s))
+    until = timeline.end_s if request.first_token_s is None else request.first_token_s
     return Lane(
-        request_id=request_id,
         request=request,
-        waiting=waiting,
+        waiting=(request.arrival_s, max(until, request.arrival_s)),
         blocks=blocks if len(blocks) <= MAX_BLOCKS_PER_LANE else _turns(blocks),
         prefill_s=sum(end - start for start, end in blocks),
         is_blocker=request_id == blocker,
-        waited_behind=request is not None and request_id != blocker and _waited(request, timeline.end_s, held),
+        waited_behind=request_id != blocker and _waited_s(request, timeline.end_s, held) > _NOTICED_S,
     )
 
 
@@ -142,7 +158,7 @@ def _turns(steps: Sequence[Span]) -> list[Span]:
     return turns
 
 
-def _waited(request: TimelineRequest, end_s: float, held: Sequence[Span]) -> bool:
-    """Whether a request waited for its first step while the blocker ran."""
+def _waited_s(request: TimelineRequest, end_s: float, held: Sequence[Span]) -> float:
+    """How long a request waited for its first step while the blocker ran."""
     until = end_s if request.start_s is None else request.start_s
-    return any(min(until, end) - max(request.arrival_s, start) > 1e-6 for start, end in held)
+    return sum(max(min(until, end) - max(request.arrival_s, start), 0.0) for start, end in held)
