@@ -24,7 +24,7 @@ from kairos.scheduler_core.errors import KairosError
 from kairos.scheduler_core.slo import BoolArray, FloatArray
 
 _TIGHT_S = 1e-9
-"""Room below this is none: far above the rounding of sums of 1e5 s, far below any work."""
+"""Room below this is none, lateness up to it is rounding: far above that of sums of 1e5 s, far below any work."""
 _ROUNDING_REQUESTS = 1e-3
 """Added before a bound is rounded down, so that rounding never takes a request away."""
 PREFILL_SLOTS = 8192
@@ -106,7 +106,7 @@ def ttft_bound(arrival_s: FloatArray, work_s: FloatArray, deadline_s: FloatArray
         deadline_s: (n,).
         instances: m.
     """
-    possible = arrival_s + work_s <= deadline_s
+    possible = arrival_s + work_s <= deadline_s + _TIGHT_S
     free = int(np.count_nonzero(possible & (work_s == 0.0)))
     possible &= work_s > 0.0
     by_release = np.flatnonzero(possible)[np.argsort(arrival_s[possible], kind="stable")]
@@ -231,8 +231,8 @@ def end_to_end_bound(
 
     with np.errstate(invalid="ignore"):  # no step and no target: 0 x inf
         for_steps_s = np.where(steps > 0, steps * workload.tpot_target_s, 0.0)
-    possible = isolated_s <= workload.ttft_target_s
-    possible &= (steps == 0) | (decode.transfer_s + alone_s <= for_steps_s)
+    possible = isolated_s <= workload.ttft_target_s + _TIGHT_S
+    possible &= (steps == 0) | (decode.transfer_s + alone_s <= for_steps_s + _TIGHT_S)
     deadline_s = workload.arrival_s + workload.ttft_target_s
     ready_s = workload.arrival_s + isolated_s + decode.transfer_s
     own_work_s = steps_work_s + decode.noise_floor * a_s * steps / batch

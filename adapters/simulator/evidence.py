@@ -137,28 +137,8 @@ class Summary(msgspec.Struct, frozen=True):
     metrics: Metrics[float]
 
 
-class Cell(msgspec.Struct, frozen=True):
-    """One strategy on one trace, with one family of targets, at one load; load None = as recorded."""
-
-    trace: str
-    target: str
-    load: float | None
-    strategy: str
-    metrics: Metrics[Estimate]
-
-
-class Bound(msgspec.Struct, frozen=True):
-    """What no scheduler could exceed there."""
-
-    trace: str
-    target: str
-    load: float | None
-    seed: int
-    ttft_attainment: float
-
-
 class Pair(msgspec.Struct, frozen=True):
-    """a minus b in one metric."""
+    """One of `pairs` of results.json: a minus b in one metric; load None = as recorded."""
 
     trace: str
     target: str
@@ -168,15 +148,6 @@ class Pair(msgspec.Struct, frozen=True):
     metric: Metric
     difference_pp: Difference
     verdict: Verdict
-
-
-class Results(msgspec.Struct, frozen=True):
-    """results.json."""
-
-    meta: Meta
-    cells: list[Cell]
-    bounds: list[Bound]
-    pairs: list[Pair]
 
 
 @dataclass(frozen=True, slots=True)

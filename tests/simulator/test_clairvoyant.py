@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
 import pytest
 from numpy.typing import ArrayLike
+from simulator.cases import CASES, Case
+from simulator.reference import simulate
 
 from kairos.adapters.simulator.clairvoyant import (
     DecodeCapacity,
@@ -185,11 +188,7 @@ def workload(arrival_s: FloatArray, prompt: ArrayLike, output: ArrayLike, ttft_s
 
 def test_blocks_that_another_prompt_shares_from_the_start_could_be_cached() -> None:
     few = workload(np.zeros(4), [1100, 1024, 600, 10], [1] * 4, 1.0, 1.0)
-    few = Workload(
-        **{name: getattr(few, name) for name in few.__slots__ if not name.startswith("block")},
-        block_ids=[(1, 2, 3), (1, 2), (9, 2), (9,)],
-        block_tokens=512,
-    )
+    few = replace(few, block_ids=[(1, 2, 3), (1, 2), (9, 2), (9,)], block_tokens=512)
 
     assert shareable_tokens(few).tolist() == [1024, 1024, 512, 10]
 
@@ -221,7 +220,7 @@ def crowd(seed: int, n: int = 40) -> Workload:
 
 
 def test_decode_work_alone_limits_requests_that_arrive_together() -> None:
-    # ten requests, each with 100 steps of 1 ms of its own, half of a 10 ms step and 6 ms in all for its context: 0.606 s.
+    # each has 100 steps of 1 ms of its own, half of a 10 ms step, and 6 ms in all for its context: 0.606 s.
     # All is between 0.014 s (prefill, transfer) and 1 + 100 x 0.02 s, where 4.9 of them fit
     ten = workload(np.zeros(10), [9] * 10, [101] * 10, ttft_s=1.0, tpot_s=0.02)
 
@@ -317,3 +316,44 @@ def test_no_order_of_service_exceeds_the_end_to_end_bound(kv_tokens: int, batch_
         best = max(served_in_time(some, order, decode) for order in orders(25, seed))
 
         assert 0 < best <= end_to_end(some, decode)
+
+
+def in_time(case: Case) -> tuple[int, int]:
+    """How many requests of a run of the reference kept TTFT, and TTFT and TPOT."""
+    kept = []
+    for (arrival_s, _, output, ttft_s, tpot_s), row in zip(
+        case.requests, simulate(case.requests, case.fleet, case.strategy).rows, strict=True
+    ):
+        if row.first_token_s is not None and row.first_token_s - arrival_s <= ttft_s:
+            last_s = row.first_token_s if row.last_token_s is None else row.last_token_s
+            kept.append(output == 1 or (last_s - row.first_token_s) / (output - 1) <= tpot_s)
+    return len(kept), sum(kept)
+
+
+def bounds(case: Case) -> tuple[int, int]:
+    """The same two numbers for any scheduler on the case's fleet."""
+    arrival_s, prompt, output, ttft_s, tpot_s = (np.array(column) for column in zip(*case.requests, strict=True))
+    some = replace(workload(arrival_s, prompt, output, 1.0, tpot_s), ttft_target_s=ttft_s)
+    prefills, decodes, link = case.fleet["prefill"], case.fleet["decode"], case.fleet["kv_transfer"]
+    nothing, exactly = np.zeros(len(some), dtype=np.int64), np.ones(len(some))
+    lines = [Line(one["a"], one["b"], one["c"]) for one in prefills]
+    work_s = np.min([lower_bound_work_s(line, some.prompt_tokens, nothing, exactly, True) for line in lines], axis=0)
+    transfer_s = link["latency_s"] + some.prompt_tokens * link["bytes_per_token"] / link["bytes_per_s"]
+    by_prefill = case.fleet["handover"]["first_token"] == "prefill"
+    decode = DecodeCapacity(
+        Line(*(min(one[letter] for one in decodes) for letter in "abc")),
+        len(decodes),
+        max(one["kv_tokens"] for one in decodes),
+        2**62,
+        transfer_s if by_prefill else np.zeros(len(some)),
+    )
+    alone = ttft_bound(arrival_s, work_s, arrival_s + ttft_s, len(prefills))
+    return alone, end_to_end_bound(some, work_s, work_s, len(prefills), decode)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_no_run_of_the_reference_exceeds_its_bounds(case: Case) -> None:
+    (ttft, both), (ttft_at_most, both_at_most) = in_time(case), bounds(case)
+
+    assert ttft <= ttft_at_most <= len(case.trace)
+    assert both <= both_at_most <= ttft_at_most
