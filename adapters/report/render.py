@@ -355,6 +355,8 @@ def _cell_values(c: Comparison, cell: Cell) -> list[str]:
         _plain(m.output_tokens_per_s, 0),
         *(seconds(interval(m.ttft_s.get(q)).mean) for q in ("p50", "p95", "p99")),
         *(seconds(interval(m.tpot_s.get(q)).mean) for q in ("p50", "p99")),
+        seconds(interval(m.itl_s.get("p99")).mean),
+        number_of_percent(interval(m.fluidity).mean),
         seconds(interval(m.worst_wait_s).mean),
         thousands(interval(m.rejected).mean),
         thousands(interval(m.unfinished).mean),

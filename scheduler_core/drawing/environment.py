@@ -33,8 +33,7 @@ class Series:
 def environment(templates: Path) -> jinja2.Environment:
     """An environment with autoescape on that finds ``templates`` first, then the shared macros.
 
-    Undefined names are errors. Every function of ``text`` that a template needs is a filter and ``path_of_line``,
-    ``path_of_band`` and ``Scale`` are globals.
+    Undefined names are errors. The functions of ``text`` are filters; ``path_of_line`` and ``path_of_band`` globals.
     """
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader([templates, _HERE]),
@@ -53,9 +52,8 @@ def environment(templates: Path) -> jinja2.Environment:
         "points": text.points,
         "signed": text.signed,
         "thousands": text.thousands,
-        "per_second": text.per_second,
     }
-    env.globals |= {"path_of_line": scale.line, "path_of_band": scale.band, "Scale": scale.Scale, "DASH": text.DASH}
+    env.globals |= {"path_of_line": scale.line, "path_of_band": scale.band}
     return env
 
 

@@ -146,17 +146,6 @@ def thousands(value: float | None) -> str:
     return text.replace(",", "\u202f").replace("-", MINUS)
 
 
-def per_second(value: float | None, unit: str = "req") -> str:
-    """A rate.
-
-    >>> [per_second(5.2149), per_second(18_200, "tokens")]
-    ['5.21\xa0req/s', '18\u202f200\xa0tokens/s']
-    """
-    if value is None or not math.isfinite(value):
-        return DASH
-    return f"{value:.2f}\xa0{unit}/s" if abs(value) < 100 else f"{thousands(round(value))}\xa0{unit}/s"
-
-
 def counted(count: int, noun: str, plural: str = "") -> str:
     """A count with its noun.
 

@@ -107,9 +107,9 @@ def test_it_can_be_walked_with_the_keyboard(browser: Any, report: Path) -> None:
     assert page.evaluate("document.activeElement.id") == "main"
 
 
-def test_it_is_painted_within_a_second(browser: Any, report: Path) -> None:
+def test_it_is_painted_within_two_seconds(browser: Any, report: Path) -> None:
     page = opened(browser, report)
     page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length")
 
     # 0.3 s is the goal on an idle machine; a shared one gets room
-    assert page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") < 1_000
+    assert page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime") < 2_000
