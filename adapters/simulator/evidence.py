@@ -190,7 +190,9 @@ def time_blocks(baseline: Sequence[RequestTable]) -> TimeBlocks:
 
     Drain is asked at the arrivals of requests that missed a target, p90: at arrivals, not over the clock, since bursts
     are what must fit. A request waits until its first token, and then as long again as its longest gap (which holds
-    transfer, admission to decode and swap-outs); one that never gets a token waits until the run ends.
+    transfer, admission to decode and swap-outs); one that never gets a token waits until the run ends. A lost request
+    that lets later ones pass is nobody's queue. Under arrival order in overload the queue never drains and there is no
+    interval: take a baseline that puts lost requests last.
     """
     late_drains = np.concatenate([_late_drains_s(table) for table in baseline])
     drain_s = float(np.quantile(late_drains, DRAIN_QUANTILE)) if late_drains.size else 0.0
@@ -442,9 +444,28 @@ def _wait_s(table: RequestTable) -> FloatArray:
 def _late_drains_s(table: RequestTable) -> FloatArray:
     first_token_s = np.where(np.isnan(table.first_token_s), _run_end_s(table), table.first_token_s)
     waits_until_s = first_token_s + np.nan_to_num(table.max_itl_s, nan=0.0)
-    waits_until_s = np.where(_with_status(table, "rejected") == 1.0, table.workload.arrival_s, waits_until_s)
+    aside, since_s = _put_aside(table, first_token_s)
+    waits_until_s = np.where(aside, np.minimum(waits_until_s, since_s), waits_until_s)
     late = ~(table.slo_met if _decode_ran(table) else table.ttft_met)
     return drains_s(table.workload.arrival_s, waits_until_s)[late]
+
+
+def _put_aside(table: RequestTable, first_token_s: FloatArray) -> tuple[BoolArray, FloatArray]:
+    """Which requests stopped standing in anybody's way, and when: (n,) each.
+
+    A refused one did on arrival. A lost one did at its deadline if its instance served someone who came after that
+    first; under arrival order nobody overtakes, and lost requests stand in the way until they are served.
+    """
+    arrival_s = table.workload.arrival_s
+    deadline_s = arrival_s + table.workload.ttft_target_s
+    refused = _with_status(table, "rejected") == 1.0
+    aside = refused.copy()
+    for instance in np.unique(table.prefill_instance):
+        here = np.flatnonzero(table.prefill_instance == instance)
+        soonest_s = np.append(np.minimum.accumulate(first_token_s[here][::-1])[::-1], math.inf)  # of those from i on
+        came_after = np.searchsorted(arrival_s[here], deadline_s[here], side="right")
+        aside[here] |= soonest_s[came_after] < first_token_s[here]
+    return aside, np.where(refused, arrival_s, deadline_s)
 
 
 def _run_start_s(table: RequestTable) -> float:

@@ -200,13 +200,21 @@ def test_more_seeds_of_the_same_arrivals_do_not_narrow_what_the_arrivals_leave_o
 
 
 def test_blocks_last_three_drains_of_the_late_requests() -> None:
-    # a request an instant before 1,000 s waits 100 s; everyone behind it waits for it to be done
+    # whoever arrives from 1,000 s on is served at 1,100 s, in order of arrival
     arrival_s = np.arange(0.0, 6000.0, 10.0)
     ttft_s = np.where((arrival_s >= 1000) & (arrival_s < 1100), 1100.0 - arrival_s, 0.0)
 
     blocks = time_blocks([table(arrival_s, ttft_s, np.zeros(len(arrival_s)))])
 
     assert blocks.block_s == pytest.approx(5990.0 / 21)  # drain p90 of 100, 90 ... 10 is 91 s; 273 s fit 21 times
+
+
+def test_a_lost_request_that_lets_later_ones_pass_does_not_lengthen_the_blocks() -> None:
+    arrival_s = np.arange(0.0, 6000.0, 10.0)
+    ttft_s = np.where(arrival_s == 1000.0, 4000.0, 1.0)
+
+    assert time_blocks([table(arrival_s, ttft_s, np.zeros(len(arrival_s)))]).count == 99
+    assert time_blocks([replace(table(arrival_s, ttft_s), first_token_s=arrival_s + 4000.0)]).count == 1
 
 
 def test_swapping_the_two_strategies_flips_the_sign() -> None:
