@@ -121,18 +121,18 @@ def ttft_bound(arrival_s: FloatArray, work_s: FloatArray, deadline_s: FloatArray
         missing_s = size_s[j]
         movable_s[j] = size_s[j]
         while missing_s > 0.0:
-            window = room_s[: j + 1]
-            fits_s = until_s + window.min()
+            slack_s = until_s + room_s[: j + 1]
+            fits_s = slack_s.min()
             if fits_s > _TIGHT_S:
                 moved_s = min(missing_s, fits_s)
             else:
-                full_from = j - int(np.argmax(window[::-1] <= _TIGHT_S - until_s))  # the last release without room
+                full_from = j - int(np.argmax(slack_s[::-1] <= _TIGHT_S))  # the last release without room
                 largest = full_from + int(np.argmax(movable_s[full_from:]))
                 if movable_s[largest] <= size_s[j]:
                     break
                 moved_s = min(missing_s, done_s[largest])
                 if largest < j:
-                    moved_s = min(moved_s, until_s + room_s[largest + 1 : j + 1].min())
+                    moved_s = min(moved_s, slack_s[largest + 1 :].min())
                 done_s[largest] -= moved_s
                 if done_s[largest] <= 0.0:
                     movable_s[largest] = -math.inf
