@@ -46,8 +46,9 @@ class TenantShare:
         share = self.shares.get(tenant, self.default_share)
         self._refill(view.now_s)
         left_s = self.state.left_s.setdefault(tenant, share * self.window_s)
-        if left_s < cost_s and view.others_waiting:
-            retry_after_s = min(60, max(1, math.ceil((cost_s - left_s) / share)))
+        needed_s = min(cost_s, share * self.window_s)  # a full bucket takes any request, or the longest never ran
+        if left_s < needed_s and view.others_waiting:
+            retry_after_s = min(60, max(1, math.ceil((needed_s - left_s) / share)))
             return Admission(accept=False, status=429, reason="over_tenant_share", retry_after_s=retry_after_s)
         self.state.left_s[tenant] = left_s - cost_s
         return Admission(accept=True)
