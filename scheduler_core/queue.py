@@ -3,6 +3,7 @@
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable
+from itertools import count
 
 from kairos.scheduler_core.domain import RequestId, Waiting
 from kairos.scheduler_core.slo import is_lost
@@ -32,17 +33,18 @@ class WaitingQueue:
     """
 
     def __init__(self, waiting: Iterable[Waiting] = (), now_s: float = 0.0) -> None:
-        self.by_arrival: list[Waiting] = []
-        self.live: list[Waiting] = []
-        self.by_deadline: list[Waiting] = []
-        self.lost: list[Waiting] = []
+        self.by_arrival = sorted(waiting, key=arrival_key)
+        self.lost = [w for w in self.by_arrival if is_lost(now_s, w.prefill_s, w.deadline_s)]
+        self._lost_ids = {w.request_id for w in self.lost}
+        self.live = [w for w in self.by_arrival if w.request_id not in self._lost_ids]
+        self.by_deadline = sorted(self.live, key=deadline_key)
         self.latest_started: Key | None = None
         """The latest arrival that was ever started from here: who came before it and still waits was deferred."""
-        self._by_id: dict[RequestId, Waiting] = {}
-        self._lost_ids: set[RequestId] = set()
-        self._latest_starts: list[tuple[float, RequestId, Waiting]] = []
-        for request in waiting:
-            self.add(request, now_s)
+        self._by_id = {w.request_id: w for w in self.by_arrival}
+        self._serials = count()
+        """Tell apart entries of a request that came back unchanged: those that are out of date stay in the heap."""
+        self._latest_starts = [(w.deadline_s - w.prefill_s, next(self._serials), w) for w in self.live]
+        heapq.heapify(self._latest_starts)
 
     def __len__(self) -> int:
         return len(self._by_id)
@@ -65,7 +67,7 @@ class WaitingQueue:
             insort(self.live, request, key=arrival_key)
             insort(self.by_deadline, request, key=deadline_key)
             latest_start_s = request.deadline_s - request.prefill_s
-            heapq.heappush(self._latest_starts, (latest_start_s, request.request_id, request))
+            heapq.heappush(self._latest_starts, (latest_start_s, next(self._serials), request))
 
     def remove(self, request_id: RequestId) -> Waiting:
         """Take a request out; KeyError when it is not here."""
@@ -87,7 +89,7 @@ class WaitingQueue:
     def settle(self, now_s: float) -> None:
         """Move those that turned lost by `now_s` to the lost ones."""
         starts = self._latest_starts
-        undecided: list[tuple[float, RequestId, Waiting]] = []
+        undecided: list[tuple[float, int, Waiting]] = []
         while starts and starts[0][0] < now_s + _ROUNDING_S:
             entry = heapq.heappop(starts)
             request = entry[2]
