@@ -115,6 +115,8 @@ class Decider:
         if not lane.waits():
             return None
         chosen, reason = self._choose(lane, now_s, peers)
+        if reason is Reason.SHARE_GUARD and lane.guard.pinned != chosen[0].request_id:
+            lane.guard.give_floor(chosen[0])
         decision = _fill_step(chosen, lane.instance, reason)
         owed = lane.oldest_owed() if lane.guard.share else None
         lane.owed = None if owed is None or owed in decision.requests else owed
@@ -139,8 +141,8 @@ class Decider:
         preempts = rule.preempt and lane.instance.control.capabilities.preempt
         if not preempts and lane.current is not None and (current := lane.own.get(lane.current)) is not None:
             return [current], Reason.CONTINUES
-        if guard.share and (claimed := guard.claim(lane.oldest_owed())) is not None:
-            return [claimed], Reason.SHARE_GUARD
+        if guard.share and guard.covers(owed := lane.oldest_owed()) and owed is not None:
+            return [owed], Reason.SHARE_GUARD
         return self._ask(lane, now_s, peers, wanted=1)
 
     def _ask(
@@ -164,7 +166,7 @@ class Decider:
             else:
                 return list(islice(lost, wanted)), Reason.LOST_LAST
             self.validity.check_budget(started_s)
-            if together < 1:
+            if not together >= 1:  # NaN too
                 raise ValueError(f"packs {together} requests into a step")
             check_order(order, needed, lambda request_id: lane.find(request_id) is not None)
         except Exception as problem:  # a plugin's: arrival order instead
@@ -265,6 +267,15 @@ class Decider:
             self.validity.note(policy, problem)
 
     # -- memory
+
+    @property
+    def fleet_policies(self) -> dict[str, object]:
+        """The policies of which there is one for the whole fleet, by kind."""
+        return {
+            "prefill_placement": self._prefill_placement,
+            "decode_placement": self._decode_placement,
+            "admission": self._admission,
+        }
 
     def dump_state(self, policy: object) -> bytes:
         """The memory of a policy as JSON; empty when it has none."""

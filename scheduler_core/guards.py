@@ -29,13 +29,14 @@ class ShareGuard:
         self.pinned: RequestId | None = None
         """The request it gave the floor to, until its prompt is done."""
 
-    def claim(self, oldest: Waiting | None) -> Waiting | None:
-        """The oldest request that is owed time, when the bucket covers it; it is pinned then."""
-        if oldest is None or not self.share or self.bucket_s < oldest.prefill_s:
-            return None
-        self.bucket_s -= oldest.prefill_s
-        self.pinned = oldest.request_id
-        return oldest
+    def covers(self, oldest: Waiting | None) -> bool:
+        """Whether there is a request that is owed time and the bucket pays for it."""
+        return oldest is not None and self.share > 0 and self.bucket_s >= oldest.prefill_s
+
+    def give_floor(self, request: Waiting) -> None:
+        """Let a covered request run to its end, and take its work from the bucket."""
+        self.bucket_s -= request.prefill_s
+        self.pinned = request.request_id
 
     def fill(self, busy_s: float, oldest: Waiting | None) -> None:
         """Account for a step of `busy_s` during which `oldest`, if any, waited for its due."""
