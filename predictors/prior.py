@@ -8,7 +8,7 @@ few impossible rows do not bend it and short steps count as much as long ones.
 import msgspec
 import numpy as np
 
-from kairos.predictors.features import column
+from kairos.predictors.features import GRAPH_SIZES, column
 from kairos.scheduler_core.slo import FloatArray
 from kairos.scheduler_core.telemetry import StepKind
 
@@ -38,9 +38,10 @@ def terms(kind: StepKind, x: FloatArray) -> tuple[FloatArray, int]:
     else:
         tokens = column(x, "new_tokens") + batch
         further = np.maximum(column(x, "n_requests") - 1, 0)
-        free = [one, tokens, column(x, "attention_work"), further, context]
+        free = [one, tokens, column(x, "attention_work"), further, context, column(x, "after_idle")]
         bends = [np.maximum(tokens - knot, 0) for knot in TOKEN_KNOTS]
         bends += [np.minimum(tokens, knot) for knot in TOKEN_KNOTS]
+        bends.append((tokens > GRAPH_SIZES[-1]).astype(np.float64))
     return np.stack(free + bends, axis=1), len(free)
 
 

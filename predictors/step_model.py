@@ -110,7 +110,9 @@ def mixed_of(prefill: StepModel, decode: StepModel) -> StepModel:
 _BORROWED, _UNSURE = 1.3, 2.0
 """Factors on both sides of a median that was not measured: of another profile, of first principles."""
 _WORK, _FURTHER, _KV = 2, 3, 4
-_CONTEXT, _DECODE_EXTRAS = 3, (4, 5, 6)
+_PREFILL_EXTRAS = (3, 4, 5)
+_CONTEXT = 3
+_DECODE_EXTRAS = (4, 5, 6)
 """Places in `prior.terms`: of prefill and mixed steps, of decode steps."""
 
 
@@ -124,7 +126,7 @@ class StepRegressor:
     def __init__(
         self,
         kind: StepKind = "decode",
-        ridges: Sequence[float] = (np.inf, 0.03, 0.003),
+        ridges: Sequence[float] = (np.inf, 0.01, 0.001),
         residuals: Sequence[str] = ("smooth", "trees"),
         folds: int = 5,
     ) -> None:
@@ -135,7 +137,7 @@ class StepRegressor:
 
     def get_params(self, deep: bool = True) -> dict[str, Any]:
         """The arguments of `__init__`."""
-        return {name: getattr(self, name) for name in ("kind", "ridges", "residuals", "folds", "gain", "worst")}
+        return {name: getattr(self, name) for name in ("kind", "ridges", "residuals", "folds")}
 
     def set_params(self, **params: Any) -> "StepRegressor":
         """Changes arguments of `__init__`."""
@@ -223,12 +225,13 @@ class StepRegressor:
             for out, prior in zip(held_back, priors, strict=True):
                 kept = own & ~out
                 correction = _fit_residual(name, prior, x[kept], y[kept], weight[kept])
-                errors.append(np.log(y[out] / _direct(prior, correction, x[out])))
+                seconds = _surface(prior, correction).batch(*_uv(self.kind, x[out])) + _extras(prior, x[out])
+                errors.append(np.log(y[out] / seconds))
             if name == "none":
                 prior_errors = errors
             losses = _losses(errors, [weight[out] for out in held_back])
             gains = losses[:, 0].mean() < (1 - _RESIDUAL_GAIN) * best_losses[:, 0].mean()
-            if gains and (losses <= _FOLD_SLACK * best_losses).all():
+            if gains and (losses <= best_losses).all():
                 best, best_errors, best_losses = name, errors, losses
         if not held_back:
             return best, np.zeros(0), HeldBack()
@@ -236,7 +239,9 @@ class StepRegressor:
         return best, np.concatenate(best_errors), HeldBack(*(round(ape, 6) for ape in found))
 
 
-_PRIOR_GAIN, _RESIDUAL_GAIN, _FOLD_SLACK = 0.05, 0.15, 1.03
+_PRIOR_GAIN, _RESIDUAL_GAIN = 0.05, 0.1
+_TRUST = 0.5
+"""The share of a learned correction that is applied: the rest of it is as often noise."""
 _HELPERS_SHARE = 0.3
 """What all rows of other kinds weigh together, against those of the kind itself."""
 _SURE = 0.5
@@ -292,7 +297,7 @@ def _core_rows(kind: StepKind, u: FloatArray, v: FloatArray) -> FloatArray:
 def _extras(prior: Prior, x: FloatArray) -> FloatArray:
     """Seconds (n,) of what is in a row beside u and v."""
     matrix = terms(prior.kind, x)[0]
-    places = _DECODE_EXTRAS if prior.kind == "decode" else (_FURTHER, _KV)
+    places = _DECODE_EXTRAS if prior.kind == "decode" else _PREFILL_EXTRAS
     seconds: FloatArray = matrix[:, places] @ np.array(prior.coefficients)[list(places)]
     return seconds
 
@@ -309,21 +314,16 @@ def _fit_residual(name: str, prior: Prior, x: FloatArray, y: FloatArray, weight:
 
 def _corrected(prior: Prior, residual: Residual | None, u: FloatArray, v: FloatArray) -> FloatArray:
     core_s = prior.predict(_core_rows(prior.kind, u, v))
-    return core_s if residual is None else core_s * np.exp(residual.predict(u, v))
-
-
-def _direct(prior: Prior, residual: Residual | None, x: FloatArray) -> FloatArray:
-    """Seconds (n,) as the surface will give them, up to its nodes."""
-    return _corrected(prior, residual, *_uv(prior.kind, x)) + _extras(prior, x)
+    return core_s if residual is None else core_s * np.exp(_TRUST * residual.predict(u, v))
 
 
 def _surface(prior: Prior, residual: Residual | None) -> Surface:
+    # both sides of every CUDA-graph size, so that its jump stays a jump
     if prior.kind == "decode":
-        # both sides of every CUDA-graph size, so that its jump stays a jump
         u = np.unique(np.concatenate([np.arange(1, 65), GRAPH_SIZES, GRAPH_SIZES + 1, [600, 800, 1024, 2048]]))
         v = np.concatenate([[0], np.exp2(np.arange(4, 26, 0.5))])
     else:
-        u = np.unique(np.concatenate([[1, 16, 32, 48, 64, 96], np.exp2(np.arange(7, 19, 0.25))]))
+        u = np.unique(np.concatenate([[1, 16, 32, 48, 64, 96, GRAPH_SIZES[-1] + 1], np.exp2(np.arange(7, 19, 0.25))]))
         v = np.concatenate([[0], np.exp2(np.arange(6, 38, 0.5))])
     return Surface.of(lambda a, b: _corrected(prior, residual, a, b), u.astype(np.float64), v)
 

@@ -25,10 +25,15 @@ class Surface(msgspec.Struct, frozen=True):
 
     @staticmethod
     def of(function: Callable[[FloatArray, FloatArray], FloatArray], u: FloatArray, v: FloatArray) -> "Surface":
-        """`function` of (n,) u and (n,) v at the nodes, made monotone by its running maximum."""
+        """`function` of (n,) u and (n,) v at the nodes, made monotone.
+
+        Where it falls, halfway between its running maximum from below and its running minimum from above.
+        """
         grid_u, grid_v = np.meshgrid(u, v, indexing="ij")
         seconds = function(grid_u.ravel(), grid_v.ravel()).reshape(grid_u.shape)
-        seconds = np.maximum.accumulate(np.maximum.accumulate(seconds, axis=0), axis=1)
+        for axis in (0, 1):
+            at_most = np.flip(np.minimum.accumulate(np.flip(seconds, axis), axis), axis)
+            seconds = (np.maximum.accumulate(seconds, axis) + at_most) / 2
         slope_u = (seconds[-1, 0] - seconds[-2, 0]) / (u[-1] - u[-2])
         slope_v = (seconds[0, -1] - seconds[0, -2]) / (v[-1] - v[-2])
         return Surface(u.tolist(), v.tolist(), seconds.tolist(), float(slope_u), float(slope_v))
