@@ -30,6 +30,8 @@ from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError
 
 from kairos.scheduler_core.domain import Control, Line, LinearStepTimes, Profile
 from kairos.scheduler_core.errors import ConfigError, UnknownNameError, UnknownProfileError
+from kairos.scheduler_core.plugins import POLICY_KINDS
+from kairos.scheduler_core.strategy import PolicyChoice, Strategy
 
 PREFIX = "KAIROS_"
 Loc = tuple[int | str, ...]
@@ -306,6 +308,15 @@ class StrategySettings(Section):
     decode_placement: PolicySlot
     decode: PolicySlot
     admission: PolicySlot = PolicySlot(name="accept-all")
+
+    def as_strategy(self, name: str) -> Strategy:
+        """The bundle under its name; its policies are not looked up yet."""
+        choices = {
+            kind: PolicyChoice(slot.name, dict(slot.params))
+            for kind in POLICY_KINDS
+            if isinstance(slot := getattr(self, kind), PolicySlot)
+        }
+        return Strategy(name, **choices)
 
 
 class ServiceSettings(Section):

@@ -10,6 +10,7 @@
           UnknownPolicyError
           UnknownProfileError
         TooLargeError                413  more than a limit allows
+        FieldsError                  422  fields of a request's body, each with its path
       PolicyError                    500  a policy answered what cannot be done (the guard catches it)
 """
 
@@ -51,6 +52,14 @@ class TooLargeError(InputError):
     """More than a stated limit allows."""
 
     http_status = 413
+
+
+class FieldsError(InputError):
+    """Fields of a request's body that cannot be used: (path, what is wrong with it)."""
+
+    def __init__(self, problems: Iterable[tuple[str, str]]) -> None:
+        self.problems = list(problems)
+        super().__init__("; ".join(f"{path or 'the body'}: {message}" for path, message in self.problems))
 
 
 class UnknownNameError(InputError):

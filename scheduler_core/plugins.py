@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, get_args
@@ -26,6 +27,7 @@ def installed(kind: PolicyKind) -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=f"kairos.policies.{kind}")}
 
 
+@cache
 def policy_class(kind: PolicyKind, name: str) -> type[Any]:
     """The class behind a registered name or a `module:Class`.
 
@@ -58,12 +60,18 @@ def build_policy(kind: PolicyKind, name: str, parameters: dict[str, Any]) -> Any
         ConfigError: a parameter it does not take, or a value it refuses.
     """
     found = policy_class(kind, name)
-    accepted = [p for p in inspect.signature(found).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    unknown = sorted(set(parameters) - {p.name for p in accepted})
+    accepted = _parameters(found)  # type: ignore[arg-type]  # a class is hashable, type[Any] is not told so
+    unknown = sorted(set(parameters) - set(accepted))
     if unknown:
-        known = ", ".join(p.name for p in accepted) or "none"
+        known = ", ".join(accepted) or "none"
         raise ConfigError(f"{kind} policy '{name}' has no parameter '{unknown[0]}'; it takes: {known}")
     try:
         return found(**parameters)
     except (TypeError, ValueError) as problem:
         raise ConfigError(f"{kind} policy '{name}': {problem}") from problem
+
+
+@cache
+def _parameters(policy: Callable[..., object]) -> tuple[str, ...]:
+    """Names of the arguments that a policy takes."""
+    return tuple(p.name for p in inspect.signature(policy).parameters.values() if p.kind is not p.VAR_KEYWORD)

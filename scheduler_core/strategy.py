@@ -1,11 +1,13 @@
 """A strategy: a named bundle of one policy of each kind, deployed and compared as one."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
 import yaml
 
+from kairos.scheduler_core.domain import Control
 from kairos.scheduler_core.errors import ConfigError
 from kairos.scheduler_core.plugins import PolicyKind, build_policy, policy_class
 
@@ -91,6 +93,28 @@ def build_prefill(choice: PolicyChoice) -> PrefillRule:
     return PrefillRule(policy, packs, options["lost_last"] and not packs, options["preempt"] or packs)
 
 
+def not_applied(strategy: Strategy, prefill: Iterable[Control], decode: Iterable[Control]) -> list[str]:
+    """What a strategy asks for that `control` of the instances does not let it do, one sentence each."""
+    rule = build_prefill(strategy.prefill)
+    notes = []
+    prefill_lacks = {control for control in prefill if not control.capabilities.preempt}
+    if rule.preempt and prefill_lacks:
+        notes.append(f"{strategy.name}: preemption at chunk ends is not applied ({_controls(prefill_lacks)})")
+    if rule.packs and (lacks := {control for control in prefill_lacks if not control.capabilities.pack}):
+        notes.append(f"{strategy.name}: the choice of prompts that share a step is not applied ({_controls(lacks)})")
+    decode_lacks = {control for control in decode if not control.capabilities.participation}
+    if strategy.decode.name != "continuous" and decode_lacks:
+        notes.append(
+            f"{strategy.name}: decode policy {strategy.decode.name} is not applied ({_controls(decode_lacks)}); "
+            "the engine's continuous batching runs instead"
+        )
+    return notes
+
+
+def _controls(controls: Iterable[Control]) -> str:
+    return "control: " + ", ".join(sorted(controls))
+
+
 def parse_strategy(text: str) -> Strategy:
     """A strategy from `PREFILL+PREFILL_PLACEMENT+DECODE_PLACEMENT+DECODE[+ADMISSION]`, parameters in brackets.
 
@@ -130,7 +154,10 @@ def _parse_choice(text: str) -> PolicyChoice:
 
 
 def _scalar(text: str) -> Scalar:
-    value = yaml.safe_load(text)
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):  # a bracket left open; a date that cannot be
+        value = text
     if isinstance(value, bool | int | float):
         return value
     try:

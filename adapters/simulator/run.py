@@ -24,7 +24,7 @@ from kairos.scheduler_core import slo
 from kairos.scheduler_core.decider import Decider
 from kairos.scheduler_core.domain import DecodeInstance, Resident, Waiting
 from kairos.scheduler_core.policy import AdmissionView, DecodeLoad, DecodePlacementView, PrefillPlacementView
-from kairos.scheduler_core.strategy import Strategy, build_prefill
+from kairos.scheduler_core.strategy import Strategy, not_applied
 
 Stages = Literal["all", "prefill"]
 
@@ -418,26 +418,14 @@ class _Simulation:
                     f"{oversized} requests are longer than any decode instance's KV capacity; "
                     "each runs alone on an empty instance"
                 )
-        notes.extend(not_applied(self.fleet, self.decider.strategy))
-        return notes
-
-
-def not_applied(fleet: SimulatedFleet, strategy: Strategy) -> list[str]:
-    """What a strategy asks for that the fleet's `control` does not let it do, one sentence each."""
-    rule = build_prefill(strategy.prefill)
-    notes = []
-    prefill = [unit.instance.control for unit in fleet.prefill]
-    if rule.preempt and not all(control.capabilities.preempt for control in prefill):
-        notes.append(f"{strategy.name}: preemption at chunk ends is not applied (control: gateway)")
-    if rule.packs and not all(control.capabilities.pack for control in prefill):
-        notes.append(f"{strategy.name}: the choice of prompts that share a step is not applied (control: gateway)")
-    decode = [unit.instance.control for unit in fleet.decode]
-    if strategy.decode.name != "continuous" and not all(control.capabilities.participation for control in decode):
-        notes.append(
-            f"{strategy.name}: decode policy {strategy.decode.name} is not applied (control: gateway); "
-            "the engine's continuous batching runs instead"
+        notes.extend(
+            not_applied(
+                self.decider.strategy,
+                [unit.instance.control for unit in self.fleet.prefill],
+                [unit.instance.control for unit in self.fleet.decode],
+            )
         )
-    return notes
+        return notes
 
 
 def _table(workload: Workload, outcome: Outcome, stages: Stages) -> RequestTable:

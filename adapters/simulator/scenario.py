@@ -1,11 +1,8 @@
 """What to simulate, as a user says it: trace, fleet, target, load and strategy by name, made into objects."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
-
 
 from kairos.adapters.simulator.fleet import SimulatedFleet, build_fleet
 from kairos.adapters.simulator.fleets import load_fleet
@@ -19,9 +16,9 @@ from kairos.adapters.simulator.workload import (
 )
 from kairos.adapters.traces import Trace, read_trace
 from kairos.predictors.profiles import step_times_of
-from kairos.scheduler_core.config import Settings, StrategySettings
+from kairos.scheduler_core.config import Settings
 from kairos.scheduler_core.errors import ConfigError, UnknownNameError
-from kairos.scheduler_core.strategy import PolicyChoice, Strategy, parse_strategy
+from kairos.scheduler_core.strategy import Strategy, parse_strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +103,10 @@ def strategy_of(settings: Settings, text: str) -> Strategy:
         UnknownPolicyError, ConfigError: a policy of it cannot be built.
     """
     if text in settings.strategies:
-        return _configured(text, settings.strategies[text]).check()
+        return settings.strategies[text].as_strategy(text).check()
     if "+" not in text:
         raise UnknownNameError("strategy", text, settings.strategies)
     return parse_strategy(text).check()
-
-
-def _configured(name: str, slots: StrategySettings) -> Strategy:
-    kinds = ("prefill", "prefill_placement", "decode_placement", "decode", "admission")
-    choices: Mapping[str, Any] = {kind: getattr(slots, kind) for kind in kinds}
-    return Strategy(name, **{kind: PolicyChoice(slot.name, dict(slot.params)) for kind, slot in choices.items()})
 
 
 def synthetic(trace: Path) -> bool:

@@ -1,0 +1,88 @@
+"""Errors as RFC 9457 problem details: one shape for everything that can go wrong on the way to an answer."""
+
+import json
+import math
+import re
+from http import HTTPStatus
+
+import msgspec
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from kairos.scheduler_core.errors import FieldsError, KairosError
+from kairos.scheduler_core.service.schemas import FieldProblem, Problem
+
+PROBLEM_TYPE = "application/problem+json"
+
+_encode = msgspec.json.Encoder().encode
+
+
+def problem_response(problem: Problem, headers: dict[str, str] | None = None) -> Response:
+    """The problem as an answer."""
+    return Response(_encode(problem), problem.status, headers, PROBLEM_TYPE)
+
+
+async def on_kairos_error(request: Request, error: Exception) -> Response:
+    """Our own errors: each class knows its status."""
+    assert isinstance(error, KairosError)
+    fields = error.problems if isinstance(error, FieldsError) else []
+    return problem_response(
+        Problem(
+            HTTPStatus(error.http_status).phrase,
+            error.http_status,
+            str(error),
+            [FieldProblem(path, message) for path, message in fields],
+        )
+    )
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """What the framework refuses: unknown route, wrong method."""
+    assert isinstance(error, HTTPException)
+    detail = f"{request.method} {request.url.path}: {error.detail.lower()}; /openapi.json names every route"
+    problem = Problem(HTTPStatus(error.status_code).phrase, error.status_code, detail)
+    return problem_response(problem, dict(error.headers or {}))
+
+
+async def on_bug(request: Request, error: Exception) -> Response:
+    """What nobody foresaw; the server logs it, the caller learns only that it happened."""
+    return problem_response(Problem("Internal Server Error", 500, "kairos failed on this request; its log says how"))
+
+
+def decode_problem(body: bytes, error: Exception) -> Problem:
+    """Why a body is not what a msgspec decoder wanted: broken JSON (400), or a field that does not fit (422)."""
+    if isinstance(error, msgspec.ValidationError):
+        message, _, place = str(error).partition(" - at `$")
+        path = place.rstrip("`")
+        if field := re.fullmatch(r"Object (contains unknown|missing required) field `(.*)`", message, re.DOTALL):
+            path = f"{path}.{field[2]}"
+            message = "unknown field; /openapi.json names all" if "unknown" in field[1] else "is missing"
+        return _unfit([FieldProblem(path.lstrip("."), message[:1].lower() + message[1:])])
+    if numbers := _not_finite(body):
+        return _unfit([FieldProblem(path, "is not a finite number") for path in numbers])
+    return Problem("Bad Request", 400, f"the body is no valid JSON: {error}")
+
+
+def _unfit(fields: list[FieldProblem]) -> Problem:
+    detail = "; ".join(f"{field.path or 'the body'}: {field.message}" for field in fields)
+    return Problem("Unprocessable Content", 422, detail, fields)
+
+
+def _not_finite(body: bytes) -> list[str]:
+    """Paths of NaN and infinities (at most 100), which Python writes as JSON; empty if that is not it."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return []
+    found: list[str] = []
+    left: list[tuple[str, object]] = [("", document)]
+    while left and len(found) < 100:
+        path, value = left.pop()
+        if isinstance(value, dict):
+            left.extend((f"{path}.{key}".lstrip("."), item) for key, item in reversed(value.items()))
+        elif isinstance(value, list):
+            left.extend((f"{path}[{index}]", item) for index, item in reversed(list(enumerate(value))))
+        elif isinstance(value, float) and not math.isfinite(value):
+            found.append(path)
+    return found
