@@ -102,9 +102,9 @@ TestQueueAgainstAList.settings = settings(deadline=None, max_examples=60, statef
 
 
 def test_merging_two_sorted_lists_leaves_both_as_they_were() -> None:
-    first, second = [waiting(n, arrival_s=n) for n in (1, 3, 5)], [waiting(n, arrival_s=n) for n in (0, 3.5, 9)]
+    first, second = [waiting(n, arrival_s=n) for n in (1, 3, 5)], [waiting(n, arrival_s=n) for n in (0, 4, 9)]
 
     both = merged(first, second, arrival_key)
 
-    assert [w.arrival_s for w in both] == [0, 1, 3, 3.5, 5, 9]
+    assert [w.arrival_s for w in both] == [0, 1, 3, 4, 5, 9]
     assert [len(first), len(second)] == [3, 3]
