@@ -30,7 +30,7 @@ def on_time(request_id: int, context_tokens: int = 1_000, tpot_target_s: float =
 
 
 def overdue(
-    request_id: int, context_tokens: int = 1_000, tpot_target_s: float = 0.05, since_s: float = 1.0
+    request_id: int, context_tokens: int = 1_000, tpot_target_s: float = 0.05, since_s: float = 1e3
 ) -> Resident:
     """At 0 s: first token `since_s` ago and nothing since."""
     return resident(request_id, context_tokens, first_token_s=-since_s, tpot_target_s=tpot_target_s)
@@ -235,7 +235,7 @@ def test_envelope_swaps_out_the_overdue_one_with_the_longest_context_when_only_k
     joined = plan(residents, [newcomer], kv_tokens=10_000)
 
     # 8,000 + 5,000 + 4 do not fit; without the 4,000: 4,000 + 5,000 + 3 do
-    assert (joined.swap_out, joined.admit) == ([1], [3])
+    assert (list(joined.swap_out), list(joined.admit)) == ([1], [3])
 
 
 def test_envelope_swaps_out_nobody_who_can_recover() -> None:
@@ -243,18 +243,7 @@ def test_envelope_swaps_out_nobody_who_can_recover() -> None:
 
     joined = plan(residents, [on_time(3, 5_000)], kv_tokens=10_000)
 
-    assert (joined.swap_out, joined.admit) == ([], [])
-
-
-def test_envelope_counts_a_resident_overdue_when_its_next_token_is_more_than_three_targets_late() -> None:
-    # both first tokens at 0 s, the next due at 0.05 s; at 0.2 s that is 3 targets ago, for the other one a bit more.
-    # What tells them apart: only an overdue one is swapped out for the newcomer
-    def swapped_out(now_s: float) -> Sequence[object]:
-        residents = [on_time(0, 6_000), resident(1, 1_000, first_token_s=now_s)]
-        return plan(residents, [resident(2, 5_000, first_token_s=now_s)], kv_tokens=10_000, now_s=now_s).swap_out
-
-    assert swapped_out(0.19) == []
-    assert swapped_out(0.21) == [0]
+    assert (list(joined.swap_out), list(joined.admit)) == ([], [])
 
 
 def test_envelope_does_not_slow_everyone_down_for_a_target_that_no_batch_meets() -> None:
@@ -269,7 +258,21 @@ def test_envelope_does_not_slow_everyone_down_for_a_target_that_no_batch_meets()
 def test_envelope_runs_everyone_in_ready_order_when_nobody_can_recover() -> None:
     joined = plan([overdue(0)], [overdue(2, 4_000), overdue(1, 1_000)])
 
-    assert joined == DecodePlan([2, 1])
+    assert (list(joined.admit), joined.step, list(joined.swap_out)) == ([2, 1], None, [])
+
+
+# -- envelope: its constants, and in which order a step is filled ------------------------------------------------------
+
+
+def test_envelope_counts_a_resident_overdue_when_its_next_token_is_more_than_three_targets_late() -> None:
+    # both first tokens at 0 s, the next due at 0.05 s; at 0.2 s that is 3 targets ago, for the other one a bit more.
+    # What tells them apart: only an overdue one is swapped out for the newcomer
+    def swapped_out(now_s: float) -> Sequence[object]:
+        residents = [on_time(0, 6_000), resident(1, 1_000, first_token_s=now_s)]
+        return plan(residents, [resident(2, 5_000, first_token_s=now_s)], kv_tokens=10_000, now_s=now_s).swap_out
+
+    assert swapped_out(0.19) == []
+    assert swapped_out(0.21) == [0]
 
 
 def test_envelope_steps_one_overdue_then_by_due_time_then_the_other_overdue_while_time_lasts() -> None:
