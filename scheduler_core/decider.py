@@ -114,7 +114,7 @@ class Decider:
             queue.settle(now_s)
         if not lane.waits():
             return None
-        chosen, reason = self._choose(lane, now_s, peers)
+        chosen, reason = self._has_the_floor(lane) or self._ask(lane, now_s, peers, wanted=1)
         if reason is Reason.SHARE_GUARD and lane.guard.pinned != chosen[0].request_id:
             lane.guard.give_floor(chosen[0])
         decision = _fill_step(chosen, lane.instance, reason)
@@ -126,15 +126,16 @@ class Decider:
         """Everything that waits for an instance, in the order of the policy: for explanations and predictions."""
         for queue in lane.queues():
             queue.settle(now_s)
-        everything = _view(lane, now_s, peers, wanted=2**31).waiting
+        everything = sum(len(queue) for queue in lane.queues())
         if not everything:
             return []
-        first, _ = self._choose(lane, now_s, peers)
-        ordered, _ = self._ask(lane, now_s, peers, wanted=len(everything))
+        first, _ = self._has_the_floor(lane) or ([], Reason.POLICY)
+        ordered, _ = self._ask(lane, now_s, peers, wanted=everything)
         seen = {w.request_id: w for w in (*first, *ordered)}
         return list(seen.values())
 
-    def _choose(self, lane: PrefillLane, now_s: float, peers: Sequence[Peer]) -> tuple[list[Waiting], Reason]:
+    def _has_the_floor(self, lane: PrefillLane) -> tuple[list[Waiting], Reason] | None:
+        """Who runs next whatever the policy would say; None when that is up to the policy."""
         guard, rule = lane.guard, lane.rule
         if guard.pinned is not None and (pinned := lane.own.get(guard.pinned)) is not None:
             return [pinned], Reason.SHARE_GUARD
@@ -143,7 +144,7 @@ class Decider:
             return [current], Reason.CONTINUES
         if guard.share and guard.covers(owed := lane.oldest_owed()) and owed is not None:
             return [owed], Reason.SHARE_GUARD
-        return self._ask(lane, now_s, peers, wanted=1)
+        return None
 
     def _ask(
         self, lane: PrefillLane, now_s: float, peers: Sequence[Peer], wanted: int

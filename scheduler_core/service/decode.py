@@ -142,6 +142,7 @@ class DecodeStage:
         self.batches: dict[str, Batch] = {}
         self.placements: list[Placement] = []
         self.unserved: list[TransferredRequest] = []
+        self._able_by_model: dict[str, list[Batch]] = {}
 
     def add_instance(self, told: Instance, serves: frozenset[str], step_times: StepTimes) -> None:
         """Take an instance in; they come in index order."""
@@ -152,7 +153,11 @@ class DecodeStage:
         return not self.batches or bool(self._able(model))
 
     def _able(self, model: str) -> list[Batch]:
-        return [batch for batch in self.batches.values() if not model or model in batch.serves]
+        able = self._able_by_model.get(model)
+        if able is None:
+            able = [batch for batch in self.batches.values() if not model or model in batch.serves]
+            self._able_by_model[model] = able
+        return able
 
     def add_residents(self, residents: Sequence[ResidentRequest]) -> None:
         """Take in who is in a batch."""

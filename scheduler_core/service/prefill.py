@@ -84,6 +84,8 @@ class Pool:
     def __init__(self, serves: frozenset[str]) -> None:
         self.serves = serves
         self.desks: list[Desk] = []
+        self.groups: dict[Group, Desk] = {}
+        """One instance of each group."""
         self.unbound: dict[Group, list[Waiting]] = {}
         """Requests that any instance may take, as each group sees them."""
         self.shared: dict[Group, WaitingQueue] = {}
@@ -104,15 +106,12 @@ class Pool:
 
     def views(self, request: WaitingRequest, targets: Targets) -> dict[Group, Waiting]:
         """A request as each group sees it."""
-        return {desk.group: waiting_view(request, desk.instance, targets) for desk in self._one_a_group()}
+        return {group: waiting_view(request, desk.instance, targets) for group, desk in self.groups.items()}
 
     def let_wait(self, views: Mapping[Group, Waiting]) -> None:
         """Leave a request to whichever instance is free first."""
         for group, view in views.items():
             self.unbound.setdefault(group, []).append(view)
-
-    def _one_a_group(self) -> Sequence[Desk]:
-        return self.desks if len(self.desks) == 1 else list({desk.group: desk for desk in self.desks}.values())
 
     def peers(self, asking: Desk, now_s: float) -> Sequence[Peer]:
         """The other instances, as the asking one sees them."""
@@ -278,6 +277,7 @@ class PrefillStage:
             self.pools.append(pool)
         desk = Desk(len(self.desks), told, step_times, group)
         pool.desks.append(desk)
+        pool.groups.setdefault(group, desk)
         self.desks[told.instance_id] = pool, desk
 
     def add_running(self, running: Sequence[RunningRequest]) -> None:
@@ -358,6 +358,9 @@ class PrefillStage:
             desk = pool.desks[0]
             desk.bind(views[desk.group])
             return desk.instance.instance_id
+        if self.shares_rule:
+            pool.let_wait(views)
+            return None
         loads = [desk.load(views[desk.group], self.now_s) for desk in pool.desks]
         place = self.decider.place_prefill(PrefillPlacementView(self.now_s, next(iter(views.values())), loads))
         if place is None:

@@ -1,15 +1,18 @@
-"""`POST /schedule`: the decisions for a snapshot. The body is read and written by msgspec, not by the framework."""
+"""`POST /schedule`: the decisions for a snapshot. Plain ASGI and msgspec, since it is called for every decision."""
 
 import time
+from collections.abc import Callable
 
 import msgspec
 from anyio import to_thread
-from fastapi import APIRouter, Request, Response
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from kairos.scheduler_core.errors import TooLargeError
 from kairos.scheduler_core.service.problems import decode_problem, problem_response
-from kairos.scheduler_core.service.schedule import Scheduler
-from kairos.scheduler_core.service.schemas import Problem, Snapshot
+from kairos.scheduler_core.service.schemas import Answer, Problem, Snapshot
 
 _INLINE_BYTES = 64 * 1024
 """Bodies up to this are answered at once; larger ones in a thread, so that they do not hold up the others."""
@@ -17,60 +20,77 @@ _INLINE_BYTES = 64 * 1024
 _decoder = msgspec.json.Decoder(Snapshot)
 _encoder = msgspec.json.Encoder()
 
+Decide = Callable[[Snapshot, float, bytes], Answer]
+"""`Scheduler.schedule`."""
 
-def schedule_router(scheduler: Scheduler, max_body_bytes: int) -> APIRouter:
-    """The route over one scheduler."""
-    router = APIRouter()
 
-    def answer(body: bytes) -> Response:
+def schedule_route(decide: Decide, max_body_bytes: int) -> Route:
+    """The route over one scheduler; the OpenAPI document describes it in `openapi.py`."""
+    return Route("/schedule", ScheduleEndpoint(decide, max_body_bytes), methods=["POST"])
+
+
+class ScheduleEndpoint:
+    """The ASGI application behind the route."""
+
+    def __init__(self, decide: Decide, max_body_bytes: int) -> None:
+        self._decide = decide
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the snapshot, decide, answer."""
+        headers = Headers(scope=scope)
+        if unreadable := _unreadable(headers):
+            response = problem_response(unreadable)
+        else:
+            body = await self._body(headers, receive)
+            if body is None:
+                return
+            if len(body) <= _INLINE_BYTES:
+                response = self._answer(body)
+            else:
+                response = await to_thread.run_sync(self._answer, body)
+        await response(scope, receive, send)
+
+    def _answer(self, body: bytes) -> Response:
         try:
             snapshot = _decoder.decode(body)
         except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
             return problem_response(decode_problem(body, error))
-        decisions = scheduler.schedule(snapshot, time.time(), body)
-        return Response(_encoder.encode(decisions), media_type="application/json")
+        return Response(_encoder.encode(self._decide(snapshot, time.time(), body)), media_type="application/json")
 
-    @router.post("/schedule")
-    async def schedule(request: Request) -> Response:
-        """Decide for a snapshot of a fleet: which request runs next, where, and in which batch.
+    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
+        """The whole body; None when the client left.
 
-        Nothing is kept: the same snapshot (and `state`) gives the same answer.
+        Raises:
+            TooLargeError: it is longer than the limit, by its header or as it comes.
         """
-        if unreadable := _unreadable(request):
-            return problem_response(unreadable)
-        body = await _body(request, max_body_bytes)
-        return answer(body) if len(body) <= _INLINE_BYTES else await to_thread.run_sync(answer, body)
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length[:18]) > self._max_body_bytes:
+            raise self._too_large()
+        chunks: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if size > self._max_body_bytes:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                return b"".join(chunks)
 
-    return router
+    def _too_large(self) -> TooLargeError:
+        return TooLargeError(
+            f"the body is longer than {self._max_body_bytes} bytes; send less, or raise service.max_body_bytes"
+        )
 
 
-def _unreadable(request: Request) -> Problem | None:
+def _unreadable(headers: Headers) -> Problem | None:
     """Why the body cannot be read, going by the headers."""
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    coding = request.headers.get("content-encoding", "identity")
+    kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         return Problem("Unsupported Media Type", 415, f"content type is '{kind}'; send application/json")
-    if coding != "identity":
+    if (coding := headers.get("content-encoding", "identity")) != "identity":
         return Problem("Unsupported Media Type", 415, f"content encoding is '{coding}'; send the body as it is")
     return None
-
-
-async def _body(request: Request, limit: int) -> bytes:
-    """The whole body.
-
-    Raises:
-        TooLargeError: it is longer than the limit, by its header or as it comes.
-    """
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:18]) > limit:
-        raise _too_large(limit)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > limit:
-            raise _too_large(limit)
-    return bytes(body)
-
-
-def _too_large(limit: int) -> TooLargeError:
-    return TooLargeError(f"the body is longer than {limit} bytes; send fewer requests, or raise service.max_body_bytes")
