@@ -241,7 +241,7 @@ def test_on_time_runs_kept_ones_by_deadline_then_dropped_by_length_then_lost_by_
         waiting("lost-new", 9.0, arrival_s=0.2, ttft_target_s=1.0),
         waiting("lost-old", 2.0, ttft_target_s=1.0),
         waiting("drop-long", 4.0, arrival_s=1.0, ttft_target_s=4.0),
-        waiting("drop-short", 3.5, arrival_s=1.0, ttft_target_s=3.9),
+        waiting("drop-short", 3.5, arrival_s=1.0, ttft_target_s=4.2),
         waiting("keep-late", 2.0, arrival_s=1.0, ttft_target_s=5.0),
         waiting("keep-soon", 2.0, arrival_s=1.0, ttft_target_s=4.5),
     ]

@@ -1,5 +1,6 @@
 """The queue against a plain list that is sorted anew each time."""
 
+import pytest
 from builders import waiting
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -99,6 +100,22 @@ class QueueAgainstAList(RuleBasedStateMachine):
 
 TestQueueAgainstAList = QueueAgainstAList.TestCase
 TestQueueAgainstAList.settings = settings(deadline=None, max_examples=60, stateful_step_count=40)
+
+
+@pytest.mark.parametrize(
+    ("arrival_s", "target_s", "work_s", "now_s", "lost"),
+    [
+        (0.1, 2.8, 0.7, 2.2, True),  # 2.2 + 0.7 > 2.9, and yet 2.9 - 0.7 >= 2.2
+        (0.1, 0.4, 0.4, 0.1, False),  # 0.1 + 0.4 <= 0.5, and yet 0.5 - 0.4 < 0.1
+    ],
+)
+def test_who_is_lost_is_told_by_the_sum_however_the_latest_start_rounds(
+    arrival_s: float, target_s: float, work_s: float, now_s: float, lost: bool
+) -> None:
+    queue = WaitingQueue([waiting(0, work_s, arrival_s=arrival_s, ttft_target_s=target_s)], arrival_s)
+    queue.settle(now_s)
+
+    assert (len(queue.lost), len(queue.live)) == ((1, 0) if lost else (0, 1))
 
 
 def test_merging_two_sorted_lists_leaves_both_as_they_were() -> None:
