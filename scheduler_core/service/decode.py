@@ -171,17 +171,17 @@ class DecodeStage:
                 self.batches[told.decode_instance_id].expect(told.prompt_tokens)
 
     def add_transferred(self, transferred: Sequence[TransferredRequest], place_at_ready: bool) -> None:
-        """Take in who has left prefill: those with an instance first, then the others find one, in ready order.
+        """Take in who has left prefill: those with an instance as listed, then the others find one, in ready order.
 
         Args:
             place_at_ready: whether a request whose KV is on its way finds its instance only when it is there.
         """
         now_s = self.now_s
         entries = [(now_s if told.ready_s is None else told.ready_s, told.request_id, told) for told in transferred]
-        entries.sort(key=lambda entry: entry[:2])
         for ready_s, _, told in entries:
             if told.instance_id is not None:
                 self._let_wait(self.batches[told.instance_id], self._resident(told, ready_s))
+        entries.sort(key=lambda entry: entry[:2])
         for ready_s, _, told in entries:
             if told.instance_id is not None or (ready_s > now_s and place_at_ready):
                 continue
@@ -191,8 +191,6 @@ class DecodeStage:
                 self.unserved.append(told)
             else:
                 self._let_wait(batch, resident)
-        for batch in self.batches.values():
-            batch.ready.sort(key=lambda r: (r.ready_s, r.request_id))
 
     def place_dispatched(self, request: WaitingRequest) -> None:
         """Choose the decode instance of a request together with its prefill instance."""

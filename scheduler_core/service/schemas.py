@@ -114,7 +114,10 @@ class RunningRequest(Strict, frozen=True, gc=False):
 
 
 class TransferredRequest(Strict, frozen=True, gc=False):
-    """A request that has left prefill and is not in a decode batch: its KV is there, on its way, or swapped out."""
+    """A request that has left prefill and is not in a decode batch: its KV is there, on its way, or swapped out.
+
+    Those with an instance are listed in the order in which they wait there: swapped-out ones first, then by readiness.
+    """
 
     request_id: Id
     context_tokens: Annotated[SomeTokens, Meta(description="Prompt and tokens emitted so far (at least prompt + 1).")]

@@ -1,0 +1,32 @@
+"""Third-party policies that note what they saw and answered, for the comparison of simulator and service."""
+
+from collections.abc import Sequence
+from copy import copy
+from typing import ClassVar
+
+from kairos.scheduler_core.domain import RequestId, Resident
+from kairos.scheduler_core.plugins import build_policy
+from kairos.scheduler_core.policy import DecodePlan, DecodeView, PrefillView
+
+
+class LongestFirst:
+    """A prefill rule that Kairos does not ship."""
+
+    def order(self, view: PrefillView) -> Sequence[RequestId]:
+        """Ids by prompt length, the longest first."""
+        return [w.request_id for w in sorted(view.waiting, key=lambda w: (-w.prompt_tokens, w.request_id))]
+
+
+class Recorded:
+    """Decides as a shipped decode policy and keeps every view with its plan."""
+
+    seen: ClassVar[list[tuple[DecodeView, list[Resident], list[Resident], DecodePlan]]] = []
+
+    def __init__(self, policy: str) -> None:
+        self._policy = build_policy("decode", policy, {})
+
+    def step(self, view: DecodeView) -> DecodePlan:
+        """What the shipped policy says."""
+        plan: DecodePlan = self._policy.step(view)
+        self.seen.append((view, [copy(r) for r in view.residents], [copy(r) for r in view.ready], plan))
+        return plan
