@@ -268,6 +268,8 @@ class DecodeStep(msgspec.Struct, frozen=True, gc=False):
     batch_size: int
     sum_context_tokens: int
     longest_context_tokens: int
+    finished_output_tokens: Sequence[int] = ()
+    """Output lengths of the requests that ended with it."""
 
 
 @runtime_checkable

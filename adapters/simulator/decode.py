@@ -151,14 +151,10 @@ class DecodeRun:
         """Each member emits one token; those that are done leave."""
         self.busy = False
         members, outcome = self.members, self._outcome
-        if self._observes:
-            longest = max(r.context_tokens for r in members)
-            self._decider.decode_ended(
-                self._policy, DecodeStep(now_s - self.started_s, len(members), self.member_context, longest)
-            )
+        longest = max(r.context_tokens for r in members) if self._observes else 0
         outputs, longest_gap_s, in_time = outcome.output_tokens, outcome.max_itl_s, outcome.tokens_in_time
         note_gap, note_row = outcome.itl_s.append, outcome.itl_row.append
-        done = False
+        done: list[int] = []
         first_tokens = 0
         for r in members:
             row: int = r.request_id  # type: ignore[assignment]  # rows
@@ -181,7 +177,7 @@ class DecodeRun:
             if emitted + 1 >= outputs[row]:
                 outcome.last_token_s[row] = now_s
                 outcome.status[row] = FINISHED
-                done = True
+                done.append(emitted + 1)
         self._sum_context += len(members) - first_tokens
         if done:
             stay = []
@@ -192,3 +188,6 @@ class DecodeRun:
                     stay.append(r)
             self.residents = stay
             self._retighten()
+        if self._observes:
+            step = DecodeStep(now_s - self.started_s, len(members), self.member_context, longest, done)
+            self._decider.decode_ended(self._policy, step)

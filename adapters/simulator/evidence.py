@@ -237,10 +237,11 @@ def sentence(pair: Pair) -> str:
     """A pair in plain words.
 
     >>> sentence(Pair("t", "fixed:2", 1.0, "kairos", "tuned", "slo_attainment", Difference(4.9, 2.1, 7.7), "better"))
-    'kairos met TTFT and TPOT more often than tuned: +4.9 points (+2.1 to +7.7) at load 1.0'
+    'kairos met TTFT and TPOT more often than tuned: +4.9 points (+2.1 to +7.7) at load 1.0 of t, fixed:2'
     """
     targets = _WORDS[pair.metric]
     load = "as recorded" if pair.load is None else f"at load {pair.load}"
+    load += f" of {pair.trace}, {pair.target}"
     mean, low, high = pair.difference_pp.mean, pair.difference_pp.low, pair.difference_pp.high
     if mean is None:
         return f"{pair.a} against {pair.b}: nothing was submitted {load}"

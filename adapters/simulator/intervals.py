@@ -1,7 +1,7 @@
 """Intervals for figures of a run whose requests are not independent: time blocks, not requests, are what repeats.
 
 A burst makes neighbouring requests late together, so the unit is a block of time, long enough that one block's queue is
-gone before the block after the next begins. Every figure is a ratio of per-block sums, and one trace is one draw of
+gone before the block after the next begins (where it ever is: see `blocks_of`). Every figure is a ratio of per-block sums, and one trace is one draw of
 traffic: an interval speaks of other stretches of this traffic, never of other traffic.
 
     20 blocks or more   circular moving-block bootstrap, seeds resampled first, studentised
@@ -63,7 +63,10 @@ class TimeBlocks:
 
 
 def blocks_of(arrival_s: FloatArray, drain_s: float) -> TimeBlocks:
-    """As many equal blocks as fit if each lasts at least a minute and three drains.
+    """As many equal blocks as fit if each lasts at least a minute and three drains, but a tenth of the trace is enough.
+
+    A queue that never drains (arrival order in overload) would leave one block and no interval for any strategy beside
+    it; ten blocks that are not independent get the t interval, widened for what neighbours share.
 
     >>> blocks_of(np.array([0.0, 650.0]), drain_s=5.0)
     TimeBlocks(start_s=0.0, block_s=65.0, count=10)
@@ -71,7 +74,10 @@ def blocks_of(arrival_s: FloatArray, drain_s: float) -> TimeBlocks:
     if len(arrival_s) == 0:
         return TimeBlocks(0.0, 0.0, 1)
     start_s, span_s = float(np.min(arrival_s)), float(np.ptp(arrival_s))
-    count = max(1, math.floor(span_s / max(MIN_BLOCK_S, DRAINS_PER_BLOCK * drain_s)))
+    wanted_s = max(MIN_BLOCK_S, DRAINS_PER_BLOCK * drain_s)
+    count = math.floor(span_s / wanted_s)
+    if count < MIN_BLOCKS:
+        count = min(MIN_BLOCKS, max(1, math.floor(span_s / MIN_BLOCK_S)))
     return TimeBlocks(start_s, span_s / count, count)
 
 

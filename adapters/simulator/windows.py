@@ -21,47 +21,47 @@ RULE = (
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A stretch of time on one instance, and the row of the request that held it."""
+    """A stretch of time on one instance, the row of the request that held it, and who was there."""
 
     instance: int
     start_s: float
     end_s: float
     blocker: int
+    rows: Sequence[int]
+    """Who ran or waited there meanwhile, at most 40 of them."""
 
 
 def worst_blocking(table: RequestTable, steps: Sequence[StepRow]) -> Window | None:
     """The worst head-of-line blocking of a run (`RULE`); None when nobody was late behind anyone."""
     late = ~table.ttft_met & np.isfinite(table.first_token_s)
-    worst: Window | None = None
-    most = 0
-    for blocker, instance, start_s, end_s in _holds(steps):
-        arrival_s = table.workload.arrival_s
+    arrival_s = table.workload.arrival_s
+    worst, most = None, 0
+    for hold in _holds(steps):
+        _, instance, start_s, end_s = hold
         behind = late & (table.prefill_instance == instance) & (arrival_s > start_s) & (arrival_s < end_s)
         count = int(np.sum(behind))
         if count > most:
-            most = count
-            length_s = end_s - start_s
-            worst = Window(instance, start_s - _BEFORE * length_s, end_s + _AFTER * length_s, blocker)
-    return worst
+            worst, most = hold, count
+    if worst is None:
+        return None
+    blocker, instance, start_s, end_s = worst
+    length_s = end_s - start_s
+    start_s, end_s = start_s - _BEFORE * length_s, end_s + _AFTER * length_s
+    ran = {row for step in _within(steps, start_s, end_s) if step.instance == instance for row in step.request_ids}
+    here = (table.prefill_instance == instance) & (arrival_s < end_s) & (table.first_token_s > start_s)
+    waited = set(np.flatnonzero(here).tolist())
+    rows = sorted(ran | waited, key=lambda row: (row != blocker, row not in ran, row))
+    return Window(instance, start_s, end_s, blocker, sorted(rows[:_REQUESTS_SHOWN]))
 
 
 def timeline(table: RequestTable, steps: Sequence[StepRow], window: Window) -> dict[str, Any]:
-    """What an instance did in a window, as results.json holds it."""
+    """What became of the requests of a window, on whatever instance, as results.json holds it."""
     w = table.workload
-    shown = [
-        step
-        for step in steps
-        if step.instance == window.instance and step.end_s > window.start_s and step.start_s < window.end_s
-    ]
-    members = {row for step in shown for row in step.request_ids}
-    waited = np.flatnonzero(
-        (table.prefill_instance == window.instance)
-        & (w.arrival_s < window.end_s)
-        & (table.first_token_s > window.start_s)
-    )
-    rows = sorted(members | set(waited.tolist()), key=lambda row: (row != window.blocker, row not in members, row))
+    rows = set(window.rows)
+    shown = [step for step in _within(steps, window.start_s, window.end_s) if rows & set(step.request_ids)]
+    instances = sorted({step.instance for step in shown}) or [window.instance]
     return {
-        "instance": f"prefill-{window.instance}",
+        "instance": ", ".join(f"prefill-{index}" for index in instances),
         "rule": RULE,
         "start_s": window.start_s,
         "end_s": window.end_s,
@@ -70,7 +70,7 @@ def timeline(table: RequestTable, steps: Sequence[StepRow], window: Window) -> d
             {
                 "start_s": step.start_s,
                 "end_s": step.end_s,
-                "request_ids": [w.request_id[row] for row in step.request_ids],
+                "request_ids": [w.request_id[row] for row in step.request_ids if row in rows],
                 "new_tokens": sum(step.tokens),
             }
             for step in shown
@@ -85,9 +85,13 @@ def timeline(table: RequestTable, steps: Sequence[StepRow], window: Window) -> d
                 "prompt_tokens": int(w.prompt_tokens[row]),
                 "ttft_met": bool(table.ttft_met[row]),
             }
-            for row in sorted(rows[:_REQUESTS_SHOWN])
+            for row in window.rows
         ],
     }
+
+
+def _within(steps: Sequence[StepRow], start_s: float, end_s: float) -> list[StepRow]:
+    return [step for step in steps if step.end_s > start_s and step.start_s < end_s]
 
 
 def _holds(steps: Sequence[StepRow]) -> list[tuple[int, int, float, float]]:

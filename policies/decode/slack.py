@@ -1,7 +1,11 @@
 """Slack-guided batching: admit by room, shrink the step to what the tightest target allows."""
 
 from kairos.scheduler_core.domain import RequestId
+from operator import attrgetter
+
 from kairos.scheduler_core.policy import DecodePlan, DecodeView, admit_while
+
+_context = attrgetter("context_tokens")
 
 
 class Slack:
@@ -25,7 +29,9 @@ class Slack:
     def step(self, view: DecodeView) -> DecodePlan:
         """Admit who fits, shortest first; take part while in time, shortest first."""
         instance = view.instance
-        ready = sorted(view.ready, key=lambda r: r.context_tokens) if view.ready else ()
+        shortest = min(view.ready, key=_context, default=None)
+        full = shortest is None or not view.fits(shortest, len(view.residents), view.sum_context_tokens)
+        ready = [] if full else sorted(view.ready, key=_context)
         admit = admit_while(view, ready, lambda request, batch_size, sum_context: batch_size < instance.batch_limit)
         joined = ready[: len(admit)]
         batch_size = len(view.residents) + len(joined)

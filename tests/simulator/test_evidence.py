@@ -214,7 +214,7 @@ def test_a_lost_request_that_lets_later_ones_pass_does_not_lengthen_the_blocks()
     ttft_s = np.where(arrival_s == 1000.0, 4000.0, 1.0)
 
     assert time_blocks([table(arrival_s, ttft_s, np.zeros(len(arrival_s)))]).count == 99
-    assert time_blocks([replace(table(arrival_s, ttft_s), first_token_s=arrival_s + 4000.0)]).count == 1
+    assert time_blocks([replace(table(arrival_s, ttft_s), first_token_s=arrival_s + 4000.0)]).count == 10
 
 
 def test_swapping_the_two_strategies_flips_the_sign() -> None:
@@ -268,25 +268,25 @@ def test_one_pair_in_twenty_may_be_called_by_chance() -> None:
             "ttft_attainment",
             Difference(-4.91, -7.0, -2.0),
             "worse",
-            "a met TTFT less often than b: -4.9 points (-7.0 to -2.0) at load 0.9",
+            "a met TTFT less often than b: -4.9 points (-7.0 to -2.0) at load 0.9 of t, fixed:2",
         ),
         (
             "slo_attainment",
             Difference(0.1, -0.3, 0.5),
             "no-difference",
-            "a and b met TTFT and TPOT equally often, within 1 point: +0.1 points (-0.3 to +0.5) at load 0.9",
+            "a and b met TTFT and TPOT equally often, within 1 point: +0.1 points (-0.3 to +0.5) at load 0.9 of t, fixed:2",
         ),
         (
             "tpot_attainment",
             Difference(1.2, -0.8, 3.2),
             "undecided",
-            "no difference shown between a and b in meeting TPOT: +1.2 points (-0.8 to +3.2) at load 0.9",
+            "no difference shown between a and b in meeting TPOT: +1.2 points (-0.8 to +3.2) at load 0.9 of t, fixed:2",
         ),
         (
             "slo_attainment",
             Difference(4.9, None, None),
             "too short for an interval",
-            "a against b in meeting TTFT and TPOT: +4.9 points at load 0.9, too short for an interval",
+            "a against b in meeting TTFT and TPOT: +4.9 points at load 0.9 of t, fixed:2, too short for an interval",
         ),
     ],
 )
