@@ -12,7 +12,7 @@ def main() -> None:
     except ImportError:
         print("kairos: commands need the extra 'simulate': pip install 'kairos-scheduler[simulate]'", file=sys.stderr)
         raise SystemExit(1) from None
-    from kairos.adapters.cli import configuration, models, policies, report, serve, simulate, traces
+    from kairos.adapters.cli import configuration, demo, models, policies, report, serve, simulate, traces
 
     app = typer.Typer(
         name="kairos",
@@ -21,7 +21,7 @@ def main() -> None:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for group in (simulate, models, traces, policies, report, serve, configuration):
+    for group in (demo, simulate, models, traces, policies, report, serve, configuration):
         group.register(app)
     try:
         app()

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -22,7 +22,7 @@ def policies(as_json: Json = False) -> None:
 
     Example: kairos policies
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind in POLICY_KINDS:
         for name in sorted(installed(kind)):
             found = policy_class(kind, name)

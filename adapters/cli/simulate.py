@@ -4,17 +4,15 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from kairos.adapters.cli.terminal import percent, progress
 from kairos.scheduler_core.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from kairos.adapters.simulator.run import Knobs
 
 Fleet = Annotated[str, typer.Option(help="A kairos.yaml with profiles and a fleet, or paper, b300, h100.")]
@@ -79,7 +77,7 @@ def simulate(
     chosen = strategy_of(settings, strategy or settings.active)
     workload = workload_of(scenario)
     knobs = _knobs(fleet, deferred_share, seed, noise, predictor_error, stages, keep_steps=True)
-    with _progress("simulating", None):
+    with progress("simulating", None):
         run = run_once(workload, fleet_of(fleet), chosen, knobs)
     meta = Meta(kairos.__version__, _command(), [seed], settings.model_dump(mode="json"))
     summary = write_run(run, out, meta)
@@ -91,7 +89,7 @@ def simulate(
     m = summary.metrics
     typer.echo(f"{chosen.name} on {workload.trace}: {len(workload):,} requests")
     for name, value in (("TTFT", m.ttft_attainment), ("TPOT", m.tpot_attainment), ("both", m.slo_attainment)):
-        typer.echo(f"  {name:5} met {_percent(value)}")
+        typer.echo(f"  {name:5} met {percent(value)}")
     typer.echo(f"  files in {out}")
 
 
@@ -131,16 +129,17 @@ def compare(
     names = list(dict.fromkeys(split_strategies(strategies)))
     if not names:
         raise ConfigError("--strategies is empty; name at least one, e.g. engine-default,kairos")
+    targets: list[str | None] = [*target] if target else [None]
     scenarios = [
         Scenario(trace, fleet, one_target, load, decode_load, None, jitter, jitter_seed, duration)
         for trace in traces
-        for one_target in target or [None]
+        for one_target in targets
         for load in (_numbers("--loads", loads) if loads else [None])
         for decode_load in (_numbers("--decode-loads", decode_loads) if decode_loads else [None])
     ]
     knobs = _knobs(fleet, deferred_share, 0, noise, predictor_error, stages)
     plan = Plan(scenarios, names, range(seeds), knobs)
-    with _progress(f"{plan.runs} runs", plan.runs) as advance:
+    with progress(f"{plan.runs} runs", plan.runs) as advance:
         results = run_all(plan, out, _command(), jobs, advance)
     report = out / "report.html"
     write_report(results, report)
@@ -181,11 +180,16 @@ def bound(
         answer = {"requests": submitted, "ttft_met_at_most": count, "ttft_attainment": count / submitted}
         typer.echo(json.dumps(answer))
         return
-    typer.echo(f"at most {count:,} of {submitted:,} requests can meet their TTFT target: {_percent(count / submitted)}")
+    typer.echo(f"at most {count:,} of {submitted:,} requests can meet their TTFT target: {percent(count / submitted)}")
 
 
-def print_results(results: dict[str, Any]) -> None:
-    """The table of a comparison and its verdicts, as text."""
+def print_results(results: dict[str, Any], verdicts_on: str | None = None) -> None:
+    """The tables of a comparison and a verdict per pair, as text.
+
+    Args:
+        results: results.json.
+        verdicts_on: only the verdicts on this strategy; None: on all.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -196,9 +200,10 @@ def print_results(results: dict[str, Any]) -> None:
     places = list(dict.fromkeys((c["trace"], c["target"], c["load"]) for c in results["cells"]))
     for place in places:
         trace, target, load = place
-        kind = " (synthetic)" if results["meta"]["synthetic"].get(trace) else ""
+        kind = " (SYNTHETIC)" if results["meta"]["synthetic"].get(trace) else ""
         at = "as recorded" if load is None else f"load {load:g}"
-        table = Table(title=f"{trace}{kind}, target {target}, {at}", title_justify="left")
+        console.print(f"{trace}{kind}, target {target}, {at}", soft_wrap=True)
+        table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
         table.add_column("strategy")
         for column in ("TTFT met", "TPOT met", "both met", "goodput /s", "TTFT p99", "worst wait"):
             table.add_column(column, justify="right")
@@ -213,29 +218,27 @@ def print_results(results: dict[str, Any]) -> None:
                     _plain(m["worst_wait_s"], " s"),
                 )
         mean = sum(bounds[place]) / len(bounds[place])
-        table.add_row("no scheduler exceeds", _percent(mean), "", "", "", "", "", style="italic")
-        console.print(table)
-    console.print("\nVerdicts (95 % intervals over time blocks of the trace):")
-    for sentence in results["meta"]["sentences"]:
-        console.print(f"- {sentence}")
+        table.add_row("no scheduler exceeds", percent(mean), "", "", "", "", "", style="italic")
+        console.print(table, "")
+    console.print("Verdicts (95 % intervals over time blocks of the trace; results.json has one for every metric):")
+    metric = results["pairs"][0]["metric"] if results["pairs"] else None
+    for pair, sentence in zip(results["pairs"], results["meta"]["sentences"], strict=True):
+        if pair["metric"] == metric and verdicts_on in (None, pair["a"]):
+            console.print(f"- {sentence}", soft_wrap=True)
     expected = results["meta"]["expected_false"]
-    console.print(f"Of these, {expected:.1f} would be called better or worse by chance if nothing differed.")
+    console.print(f"Of all of them, {expected:.1f} would be called better or worse by chance if nothing differed.")
 
 
 def _share(value: dict[str, Any] | None) -> str:
     if value is None:
         return "-"
     if value["low"] is None:
-        return _percent(value["mean"])
-    return f"{_percent(value['mean'])} ({100 * value['low']:.1f} to {100 * value['high']:.1f})"
+        return percent(value["mean"])
+    return f"{percent(value['mean'])} ({100 * value['low']:.1f}–{100 * value['high']:.1f})"
 
 
 def _plain(value: dict[str, Any] | None, unit: str = "") -> str:
     return "-" if value is None else f"{value['mean']:.2f}{unit}"
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
 
 
 def _numbers(option: str, text: str) -> list[float]:
@@ -272,14 +275,3 @@ def _notes(scenario: Any, notes: Any, fallbacks: Any) -> Iterator[str]:
 
 def _command() -> str:
     return shlex.join(["kairos", *sys.argv[1:]])
-
-
-@contextmanager
-def _progress(what: str, total: int | None) -> "Iterator[Callable[[int], None]]":
-    """A bar on a terminal, on stderr; nothing elsewhere."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)

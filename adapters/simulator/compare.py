@@ -7,6 +7,8 @@ it stopped.
 
 import hashlib
 import json
+import pickle
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations
@@ -32,6 +34,7 @@ from kairos.adapters.simulator.scenario import (
     workload_of,
 )
 from kairos.adapters.simulator.tables import RequestTable
+from kairos.scheduler_core.config import Settings, StepTimesSettings
 from kairos.scheduler_core.slo import FloatArray, attainment
 
 _GAPS_KEPT = 200_000
@@ -109,8 +112,9 @@ def _file_of(scenario: Scenario, strategy: str, knobs: Knobs, folder: Path) -> P
     what = {
         "kairos": kairos.__version__,
         "scenario": {key: str(value) for key, value in asdict(scenario).items()},
-        "trace": hashlib.sha256(scenario.trace.read_bytes()).hexdigest(),
+        "trace": _digest(scenario.trace),
         "settings": settings.model_dump(mode="json"),
+        "models": {name: _digest(Path(times.model)) for name, times in _step_times(settings) if times.model},
         "strategy": strategy_of(settings, strategy).text,
         "knobs": asdict(knobs),
     }
@@ -118,9 +122,19 @@ def _file_of(scenario: Scenario, strategy: str, knobs: Knobs, folder: Path) -> P
     return folder / f"{digest[:24]}.joblib"
 
 
+def _step_times(settings: Settings) -> Iterator[tuple[str, StepTimesSettings]]:
+    for name, profile in settings.profiles.items():
+        if profile.step_times is not None:
+            yield name, profile.step_times
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def _run(scenario: Scenario, strategy: str, knobs: Knobs, folder: Path) -> None:
     path = _file_of(scenario, strategy, knobs, folder)
-    if path.exists():
+    if _load(path) is not None:
         return
     chosen = strategy_of(settings_of(scenario.fleet), strategy)
     run = simulate(workload_of(scenario), fleet_of(scenario.fleet), chosen, knobs)
@@ -133,6 +147,15 @@ def _run(scenario: Scenario, strategy: str, knobs: Knobs, folder: Path) -> None:
         compress=3,
     )
     unfinished.replace(path)
+
+
+def _load(path: Path) -> tuple[Any, ...] | None:
+    """What a run left; None: nothing, or a damaged file."""
+    try:
+        kept: tuple[Any, ...] = joblib.load(path)
+    except (OSError, EOFError, ValueError, pickle.UnpicklingError, zlib.error):
+        return None
+    return kept
 
 
 def _thinned(gaps: Gaps) -> Gaps:
@@ -163,7 +186,7 @@ def _results(plan: Plan, folder: Path, command: str) -> dict[str, Any]:
     )
     for scenario in plan.scenarios:
         notes.update(dict.fromkeys(notes_of(scenario.trace)))
-        place = {
+        place: dict[str, Any] = {
             "trace": workload_of(scenario).trace,
             "target": scenario.target or "configured",
             "load": scenario.level,
@@ -176,7 +199,10 @@ def _results(plan: Plan, folder: Path, command: str) -> dict[str, Any]:
         blocks = evidence.time_blocks(tables[plan.strategies[0]])
         for text, kept in runs.items():
             figures = evidence.cell_metrics(
-                tables[text], blocks, [run.decision_us for run in kept], None if prefill_only else [r.gaps for r in kept]
+                tables[text],
+                blocks,
+                [run.decision_us for run in kept],
+                None if prefill_only else [r.gaps for r in kept],
             )
             cells.append(
                 {
@@ -210,9 +236,7 @@ def _results(plan: Plan, folder: Path, command: str) -> dict[str, Any]:
         "seeds": list(plan.seeds),
         "config": {s.fleet: settings_of(s.fleet).model_dump(mode="json") for s in plan.scenarios},
         "baseline": plan.strategies[0],
-        "strategies": {
-            text: strategy_of(settings_of(plan.scenarios[0].fleet), text).text for text in plan.strategies
-        },
+        "strategies": {text: strategy_of(settings_of(plan.scenarios[0].fleet), text).text for text in plan.strategies},
         "stages": plan.knobs.stages,
         "knobs": asdict(plan.knobs),
         "synthetic": {workload_of(s).trace: synthetic(s.trace) for s in plan.scenarios},
@@ -311,5 +335,3 @@ def _timelines(place: Mapping[str, Any], plan: Plan, first: Mapping[str, Kept]) 
         }
         for text in dict.fromkeys((baseline, best))
     ]
-
-
