@@ -248,7 +248,7 @@ def _answers_the_same_again(subject: _Subject, asked: Any, case: _Case, before: 
 def _observes(subject: _Subject, policy_object: Any, case: _Case) -> None:
     """A policy that observes takes every step of its instance."""
     step: PrefillStep | DecodeStep = (
-        PrefillStep(0.25, 2_000) if subject.kind == "prefill" else DecodeStep(0.03, 3, 6_000, 4_000)
+        PrefillStep(0.25, 2_000) if subject.kind == "prefill" else DecodeStep(0.03, 3, 6_000, 4_000, [7, 120])
     )
     try:
         policy_object.observe(step)

@@ -248,50 +248,53 @@ def test_envelope_does_not_slow_everyone_down_for_a_target_that_no_batch_meets()
     assert Slack().step(decode_view_of(0.0, residents, instance=flat())).step == [0]
 
 
-def test_envelope_runs_everyone_in_ready_order_when_nobody_can_recover() -> None:
+def test_envelope_runs_who_cannot_catch_up_in_spare_room_the_shortest_context_first() -> None:
     joined = plan([overdue(0)], [overdue(2, 4_000), overdue(1, 1_000)])
 
-    assert (list(joined.admit), joined.step, list(joined.swap_out)) == ([2, 1], None, [])
+    assert (list(joined.admit), joined.step, list(joined.swap_out)) == ([1, 2], None, [])
 
 
-# -- envelope: its constants, and in which order a step is filled ------------------------------------------------------
+# -- envelope: who can catch up, and in which order a step is filled ---------------------------------------------------
 
 
-def test_envelope_counts_a_resident_overdue_when_its_next_token_is_more_than_three_targets_late() -> None:
-    # both first tokens at 0 s, the next due at 0.05 s; at 0.2 s that is 3 targets ago, for the other one a bit more.
-    # What tells them apart: only an overdue one is swapped out for the newcomer
-    def swapped_out(now_s: float) -> Sequence[object]:
-        residents = [on_time(0, 6_000), resident(1, 1_000, first_token_s=now_s)]
-        return plan(residents, [resident(2, 5_000, first_token_s=now_s)], kv_tokens=10_000, now_s=now_s).swap_out
+def test_envelope_gives_a_request_up_when_outputs_do_not_last_long_enough_to_catch_up() -> None:
+    # at steps of 0.9 x 50 ms each token gains 5 ms: 0.4 s late take 80 tokens, 0.6 s take 120. All outputs seen had 100.
+    # What tells them apart: only one that is given up is swapped out for the newcomer
+    def swapped_out(late_s: float) -> Sequence[object]:
+        policy = Envelope()
+        policy.observe(DecodeStep(0.05, 1, 1_000, 1_000, [100] * 500))
+        residents = [resident(0, 6_000, first_token_s=-0.05 - late_s), on_time(1, 1_000)]
+        view = decode_view_of(0.0, residents, [on_time(2, 5_000)], flat(kv_tokens=10_000))
+        return policy.step(view).swap_out
 
-    assert swapped_out(0.19) == []
-    assert swapped_out(0.21) == [0]
+    assert swapped_out(0.4) == []
+    assert swapped_out(0.6) == [0]
 
 
-def test_envelope_steps_one_overdue_then_by_due_time_then_the_other_overdue_while_time_lasts() -> None:
-    # 15 residents with 20 ms: P = 18 ms holds 7. The overdue one that is due first, then six by due time
+def test_envelope_steps_the_kept_ones_by_due_time() -> None:
+    # 13 residents with 20 ms: P = 18 ms and a budget of 0.375 hold 7, the first admitted; the last of them is due first
     late = [overdue(n, tpot_target_s=0.02, since_s=2.0 - n) for n in (0, 1)]
     punctual = [resident(n, first_token_s=0.001 * (20 - n), tpot_target_s=0.02) for n in range(2, 15)]
 
-    assert plan([*late, *punctual]).step == [0, 14, 13, 12, 11, 10, 9]
+    assert plan([*late, *punctual]).step == [8, 7, 6, 5, 4, 3, 2]
 
 
-def test_envelope_gives_spare_room_in_the_step_to_the_other_overdue() -> None:
-    # P = 18 ms holds 7: all three punctual ones and four of the ten overdue, the longest due first
+def test_envelope_gives_spare_room_in_the_step_to_those_that_are_late_beyond_catching_up() -> None:
+    # P = 18 ms holds 7: all three punctual ones and four of the ten late ones, the longest due first
     late = [overdue(n, tpot_target_s=0.02, since_s=20.0 - n) for n in range(10)]
     punctual = [on_time(100 + n, tpot_target_s=0.02) for n in range(3)]
 
-    assert plan([*late, *punctual]).step == [0, 100, 101, 102, 1, 2, 3]
+    assert plan([*late, *punctual]).step == [100, 101, 102, 0, 1, 2, 3]
 
 
 def test_envelope_ends_a_gap_of_more_than_twenty_targets_first() -> None:
-    # seven of eight run: without the gap it would be the one due last
-    others = [on_time(n, tpot_target_s=0.02) for n in range(7)]
+    # P = 18 ms holds 7 of 14 kept ones; without the gap it would be the one due last
+    others = [on_time(n, tpot_target_s=0.02) for n in range(3)] + [on_time(n, tpot_target_s=0.08) for n in range(3, 13)]
 
     def takes_part(gap_s: float) -> bool:
-        ahead = resident(9, output_tokens=60, first_token_s=-1.0, tpot_target_s=0.02, last_token_s=-gap_s)
+        ahead = resident(99, output_tokens=60, first_token_s=-1.0, tpot_target_s=0.08, last_token_s=-gap_s)
         step = plan([*others, ahead]).step
         assert step is not None
-        return 9 in step
+        return 99 in step
 
-    assert [takes_part(0.39), takes_part(0.41)] == [False, True]
+    assert [takes_part(1.59), takes_part(1.61)] == [False, True]
