@@ -8,7 +8,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from kairos.scheduler_core.service.problems import PROBLEM_TYPE
+from kairos.scheduler_core.service.problems import PROBLEM_TYPE, problem_of
 from kairos.scheduler_core.service.schemas import Answer, FieldProblem, Problem, Snapshot
 
 
@@ -27,11 +27,10 @@ def openapi_of(app: FastAPI) -> dict[str, Any]:
             "content": {"application/json": {"schema": answer, "example": example["answer"]}},
         }
     }
-    for status, (meaning, title, detail, fields) in _PROBLEMS.items():
-        shown = msgspec.to_builtins(Problem(title, status, detail, fields))
-        responses[str(status)] = {
+    for meaning, shown in _PROBLEMS.items():
+        responses[str(shown.status)] = {
             "description": meaning,
-            "content": {PROBLEM_TYPE: {"schema": problem, "example": shown}},
+            "content": {PROBLEM_TYPE: {"schema": problem, "example": msgspec.to_builtins(shown)}},
         }
     document["paths"]["/schedule"] = {
         "post": {
@@ -50,30 +49,19 @@ def openapi_of(app: FastAPI) -> dict[str, Any]:
     return document
 
 
-_PROBLEMS: dict[int, tuple[str, str, str, list[FieldProblem]]] = {
-    400: ("The body is no JSON.", "Bad Request", "the body is no valid JSON: Input data was truncated", []),
-    404: (
-        "No such strategy or policy.",
-        "Not Found",
-        "unknown strategy 'kairo'. Did you mean 'kairos'? Installed: engine-default, kairos, paper, tuned",
-        [],
+_PROBLEMS = {
+    "The body is no JSON.": problem_of(400, "the body is no valid JSON: Input data was truncated"),
+    "No such strategy or policy.": problem_of(
+        404, "unknown strategy 'kairo'. Did you mean 'kairos'? Installed: engine-default, kairos, paper, tuned"
     ),
-    413: (
-        "More requests or bytes than the limits allow.",
-        "Content Too Large",
-        "the snapshot holds 20001 requests, the limit is 20000; send fewer",
-        [],
+    "More requests or bytes than the limits allow.": problem_of(
+        413, "the snapshot holds 20001 requests, the limit is 20000; send fewer"
     ),
-    415: (
-        "The body is not application/json.",
-        "Unsupported Media Type",
-        "content type is 'text/plain'; send application/json",
-        [],
-    ),
-    422: (
-        "A field does not fit; `errors` has its path.",
-        "Unprocessable Content",
+    "The body is not application/json.": problem_of(415, "content type is 'text/plain'; send application/json"),
+    "A field does not fit; `errors` has its path.": problem_of(
+        422,
         "waiting[3].prompt_tokens: expected `int` >= 1",
         [FieldProblem("waiting[3].prompt_tokens", "expected `int` >= 1")],
     ),
 }
+"""What may go wrong, with an example of each."""

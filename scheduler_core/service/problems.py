@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Sequence
 from http import HTTPStatus
 
 import msgspec
@@ -18,6 +19,15 @@ PROBLEM_TYPE = "application/problem+json"
 _encode = msgspec.json.Encoder().encode
 
 
+def problem_of(status: int, detail: str, fields: Sequence[FieldProblem] = ()) -> Problem:
+    """A problem with the title that RFC 9110 gives its status."""
+    return Problem(_TITLES.get(status) or HTTPStatus(status).phrase, status, detail, list(fields))
+
+
+_TITLES = {413: "Content Too Large", 422: "Unprocessable Content"}
+"""Python before 3.13 knows older names."""
+
+
 def problem_response(problem: Problem, headers: dict[str, str] | None = None) -> Response:
     """The problem as an answer."""
     return Response(_encode(problem), problem.status, headers, PROBLEM_TYPE)
@@ -27,27 +37,20 @@ async def on_kairos_error(request: Request, error: Exception) -> Response:
     """Our own errors: each class knows its status."""
     assert isinstance(error, KairosError)
     fields = error.problems if isinstance(error, FieldsError) else []
-    return problem_response(
-        Problem(
-            HTTPStatus(error.http_status).phrase,
-            error.http_status,
-            str(error),
-            [FieldProblem(path, message) for path, message in fields],
-        )
-    )
+    told = [FieldProblem(path, message) for path, message in fields]
+    return problem_response(problem_of(error.http_status, str(error), told))
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses: unknown route, wrong method."""
     assert isinstance(error, HTTPException)
     detail = f"{request.method} {request.url.path}: {error.detail.lower()}; /openapi.json names every route"
-    problem = Problem(HTTPStatus(error.status_code).phrase, error.status_code, detail)
-    return problem_response(problem, dict(error.headers or {}))
+    return problem_response(problem_of(error.status_code, detail), dict(error.headers or {}))
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
     """What nobody foresaw; the server logs it, the caller learns only that it happened."""
-    return problem_response(Problem("Internal Server Error", 500, "kairos failed on this request; its log says how"))
+    return problem_response(problem_of(500, "kairos failed on this request; its log says how"))
 
 
 def decode_problem(body: bytes, error: Exception) -> Problem:
@@ -61,12 +64,12 @@ def decode_problem(body: bytes, error: Exception) -> Problem:
         return _unfit([FieldProblem(path.lstrip("."), message[:1].lower() + message[1:])])
     if numbers := _not_finite(body):
         return _unfit([FieldProblem(path, "is not a finite number") for path in numbers])
-    return Problem("Bad Request", 400, f"the body is no valid JSON: {error}")
+    return problem_of(400, f"the body is no valid JSON: {error}")
 
 
 def _unfit(fields: list[FieldProblem]) -> Problem:
     detail = "; ".join(f"{field.path or 'the body'}: {field.message}" for field in fields)
-    return Problem("Unprocessable Content", 422, detail, fields)
+    return problem_of(422, detail, fields)
 
 
 def _not_finite(body: bytes) -> list[str]:

@@ -11,7 +11,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from kairos.scheduler_core.errors import TooLargeError
-from kairos.scheduler_core.service.problems import decode_problem, problem_response
+from kairos.scheduler_core.service.problems import decode_problem, problem_of, problem_response
 from kairos.scheduler_core.service.schemas import Answer, Problem, Snapshot
 
 _INLINE_BYTES = 64 * 1024
@@ -90,7 +90,7 @@ def _unreadable(headers: Headers) -> Problem | None:
     """Why the body cannot be read, going by the headers."""
     kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
-        return Problem("Unsupported Media Type", 415, f"content type is '{kind}'; send application/json")
+        return problem_of(415, f"content type is '{kind}'; send application/json")
     if (coding := headers.get("content-encoding", "identity")) != "identity":
-        return Problem("Unsupported Media Type", 415, f"content encoding is '{coding}'; send the body as it is")
+        return problem_of(415, f"content encoding is '{coding}'; send the body as it is")
     return None
