@@ -235,7 +235,7 @@ class _Run:
     def _dump(self, policy: object) -> str:
         try:
             return self.decider.dump_state(policy).decode()
-        except (TypeError, OverflowError) as problem:  # a state that is no JSON: it is forgotten, and said so
+        except TypeError as problem:  # a plugin's, not JSON: it is forgotten, and said so
             self.decider.validity.note(policy, problem)
             return ""
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from kairos.scheduler_core.domain import RequestId, Resident
 from kairos.scheduler_core.plugins import build_policy
-from kairos.scheduler_core.policy import DecodePlan, DecodeView, PrefillView
+from kairos.scheduler_core.policy import DecodePlan, DecodeView, PrefillPlacementView, PrefillView
 
 
 class LongestFirst:
@@ -30,3 +30,18 @@ class Recorded:
         plan: DecodePlan = self._policy.step(view)
         self.seen.append((view, [copy(r) for r in view.residents], [copy(r) for r in view.ready], plan))
         return plan
+
+
+class Hoarder(LongestFirst):
+    """Breaks the contract: its memory cannot be written down."""
+
+    def __init__(self) -> None:
+        self.state = object()
+
+
+class Undecided:
+    """A placement that binds nothing, under a name of its own."""
+
+    def place_prefill(self, view: PrefillPlacementView) -> str | None:
+        """None: whichever instance is free first."""
+        return None

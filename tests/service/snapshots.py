@@ -68,11 +68,15 @@ def call(app: FastAPI, method: str, path: str, **request: Any) -> httpx.Response
     return asyncio.run(send())
 
 
-def refused(body: dict[str, Any] | bytes, settings: Settings | None = None, **headers: str) -> httpx.Response:
+def refused(
+    body: dict[str, Any] | bytes, settings: Settings | None = None, headers: dict[str, str] | None = None
+) -> httpx.Response:
     """The answer to a body that cannot be used."""
     content = body if isinstance(body, bytes) else msgspec.json.encode(body)
     app = create_app(settings or settings_of())
-    return call(app, "POST", "/schedule", content=content, headers={"content-type": "application/json"} | headers)
+    return call(
+        app, "POST", "/schedule", content=content, headers={"content-type": "application/json"} | (headers or {})
+    )
 
 
 def answered(body: dict[str, Any], settings: Settings | None = None, scheduler: Scheduler | None = None) -> Any:

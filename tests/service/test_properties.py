@@ -65,8 +65,9 @@ def snapshots(draw: st.DrawFn) -> dict[str, Any]:
     }
     waiting = some(12, prompt | {"model": st.sampled_from(["", "org/model-8b", "lora", "other"])})
     for request in waiting:
-        if prefills and draw(st.booleans()):
-            request["instance_id"] = draw(st.sampled_from(prefills))["instance_id"]
+        home = draw(st.sampled_from(["", *(p["instance_id"] for p in prefills)]))
+        if home:
+            request["instance_id"] = home
             request["prefilled_tokens"] = draw(number(0, request["prompt_tokens"] - request["cached_tokens"] - 1))
     token = {
         "context_tokens": number(1, 5_000),

@@ -1,5 +1,6 @@
 """What `/schedule` answers: who runs next and where, in which order, when it is predicted to be done, and why."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,11 @@ from service.snapshots import (
     snapshot,
     waits,
 )
+
+from kairos.predictors.artifact import ProfileModels, save
+from kairos.predictors.step_model import model_of_line
+from kairos.scheduler_core.domain import Line, Profile
+from kairos.scheduler_core.telemetry import StepKind
 
 FCFS = "fcfs+late+least-requests+continuous"
 
@@ -423,3 +429,48 @@ def test_another_snapshot_has_another_decision_id() -> None:
     body = snapshot(prefill())
 
     assert answered(body)["decision_id"] != answered(body | {"now_s": 1.0})["decision_id"]
+
+
+def test_a_third_partys_placement_may_leave_requests_unbound_too() -> None:
+    slots = {"prefill": "fcfs", "prefill_placement": "service.recording:Undecided"}
+    settings = settings_of(strategies={"own": slots | {"decode_placement": "headroom", "decode": "slack"}})
+    fleet = prefill("prefill-0", free_in_s=5.0), prefill("prefill-1")
+
+    answer = answered(snapshot(*fleet, strategy="own", waiting=[waits("a"), waits("b")]), settings)
+
+    assert order_on(answer, "prefill-1") == ["a", "b"]
+
+
+def test_with_many_instances_and_requests_every_request_is_still_answered_once() -> None:
+    fleet = [prefill(f"prefill-{n}", chunk_tokens=2_048, free_in_s=0.1 * n) for n in range(60)]
+    waiting = [waits(n, 50 + (7 * n) % 3_000, -0.001 * n) for n in range(9_000)]
+
+    answer = answered(snapshot(*fleet, waiting=waiting))
+
+    assert sorted(e["request_id"] for e in answer["prefill"]) == list(range(9_000))
+
+
+def test_a_policys_memory_that_cannot_be_kept_is_forgotten_and_said_so() -> None:
+    slots = {"prefill": "service.recording:Hoarder", "prefill_placement": "late"}
+    settings = settings_of(strategies={"own": slots | {"decode_placement": "headroom", "decode": "slack"}})
+
+    answer = answered(snapshot(prefill(), strategy="own", waiting=[waits("a")]), settings)
+
+    assert order_on(answer) == ["a"]
+    assert answer["warnings"] == ["policy failed, replaced 1 times: Hoarder: TypeError"]
+
+
+def test_a_trained_model_answers_and_what_it_borrows_is_said(tmp_path: Path) -> None:
+    measured = Profile("H100", "org/model-8b", engine="vllm")
+    lines: dict[StepKind, Line] = {"prefill": Line(0.0, 1e-3, 0.0), "decode": Line(0.01, 1e-3, 0.0)}
+    models = {kind: model_of_line(kind, line, "measured") for kind, line in lines.items()}
+    save([ProfileModels(measured, models, {})], tmp_path / "model.kairos")
+    profile = {"model": "org/model-8b", "engine": "vllm", "step_times": {"model": str(tmp_path / "model.kairos")}}
+    settings = settings_of(profiles={"even": profile | {"gpu": "H100"}, "other": profile | {"gpu": "B300"}})
+    fleet = prefill("prefill-0"), prefill("prefill-1", profile="other")
+
+    answer = answered(snapshot(*fleet, waiting=[waits("a", instance_id="prefill-0")]), settings)
+
+    assert entry(answer, "a")["predicted_prefill_s"] == pytest.approx(1.0, rel=0.02)
+    assert answer["model_versions"] == {"even": "model.kairos", "other": "model.kairos"}
+    assert any("'other' is not (wholly) in its model" in warning for warning in answer["warnings"])
