@@ -1,5 +1,6 @@
 """What to simulate, as a user says it: trace, fleet, target, load and strategy by name, made into objects."""
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -40,6 +41,8 @@ class Scenario:
         given = [f"--{name}" for name, value in scales.items() if value is not None]
         if len(given) > 1:
             raise ConfigError(f"{' and '.join(given)} all scale time; give one of them")
+        if self.limit_s is not None and not (math.isfinite(self.limit_s) and self.limit_s > 0):
+            raise ConfigError(f"--duration {self.limit_s:g} is not possible; give a number of seconds above 0")
 
     @property
     def level(self) -> float | None:
@@ -117,5 +120,3 @@ def synthetic(trace: Path) -> bool:
 def notes_of(trace: Path) -> list[str]:
     """Counted, named treatments of a trace's rows."""
     return [f"{trace.name}: {what}: {count} rows" for what, count in _trace_of(trace).notes.items() if count]
-
-
