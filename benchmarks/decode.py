@@ -66,9 +66,7 @@ def main() -> None:
     os.environ["KAIROS_FLEET__PREFILL__0__COUNT"] = "32"
     os.environ["KAIROS_FLEET__DECODE__0__COUNT"] = "1"
     os.environ["KAIROS_FLEET__DECODE__0__MAX_BATCH"] = str(arguments.max_batch)
-    tasks = [
-        joblib.delayed(run_cell)(*cell, arguments.duration) for cell in product(TRACES, FLEETS, KINDS, LOADS)
-    ]
+    tasks = [joblib.delayed(run_cell)(*cell, arguments.duration) for cell in product(TRACES, FLEETS, KINDS, LOADS)]
     cells: list[dict[str, Any]] = []
     print(f"{'trace':22} fleet targets load  " + "  ".join(f"{p:>12}" for p in POLICIES))
     for cell in joblib.Parallel(n_jobs=arguments.jobs, return_as="generator")(tasks):

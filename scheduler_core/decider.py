@@ -146,9 +146,7 @@ class Decider:
             return [owed], Reason.SHARE_GUARD
         return None
 
-    def _ask(
-        self, lane: PrefillLane, now_s: float, peers: Sequence[Peer], wanted: int
-    ) -> tuple[list[Waiting], Reason]:
+    def _ask(self, lane: PrefillLane, now_s: float, peers: Sequence[Peer], wanted: int) -> tuple[list[Waiting], Reason]:
         rule = lane.rule
         view = _view(lane, now_s, peers, wanted)
         lost = view.lost if rule.lost_last else ()
@@ -299,8 +297,10 @@ def _view(lane: PrefillLane, now_s: float, peers: Sequence[Peer], wanted: int) -
     if shared is None or not len(shared):
         waiting = own.live if only_live else own.by_arrival
         return PrefillView(now_s, lane.instance, waiting, own.by_deadline, own.lost, wanted, peers)
-    waiting = merged(shared.live, own.live, arrival_key) if only_live else merged(
-        shared.by_arrival, own.by_arrival, arrival_key
+    waiting = (
+        merged(shared.live, own.live, arrival_key)
+        if only_live
+        else merged(shared.by_arrival, own.by_arrival, arrival_key)
     )
     by_deadline = merged(shared.by_deadline, own.by_deadline, deadline_key)
     lost = merged(shared.lost, own.lost, arrival_key)

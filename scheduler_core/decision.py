@@ -75,6 +75,4 @@ def explain(request: Waiting, now_s: float, place: int, ahead_s: float, runs_nex
         code = Standing.LOST
     else:
         code = Standing.BEHIND
-    return Explanation(
-        code, now_s - request.arrival_s, request.deadline_s - now_s - request.prefill_s, place, ahead_s
-    )
+    return Explanation(code, now_s - request.arrival_s, request.deadline_s - now_s - request.prefill_s, place, ahead_s)

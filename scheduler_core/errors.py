@@ -1,17 +1,17 @@
 """Every exception of Kairos, as a tree. What it is says how it ends: exit code 2 or an HTTP status.
 
-    KairosError                      500
-      InputError                     422  something handed to us cannot be used
-        ConfigError                  422  kairos.yaml, KAIROS_* or a command's option
-        TraceError                   422  a trace file
-        TelemetryError               422  a telemetry file or batch
-        SchemaError                  409  a model made for another feature schema
-        UnknownNameError             404  a name nobody registered; says what is near and what there is
-          UnknownPolicyError
-          UnknownProfileError
-        TooLargeError                413  more than a limit allows
-        FieldsError                  422  fields of a request's body, each with its path
-      PolicyError                    500  a policy answered what cannot be done (the guard catches it)
+KairosError                      500
+  InputError                     422  something handed to us cannot be used
+    ConfigError                  422  kairos.yaml, KAIROS_* or a command's option
+    TraceError                   422  a trace file
+    TelemetryError               422  a telemetry file or batch
+    SchemaError                  409  a model made for another feature schema
+    UnknownNameError             404  a name nobody registered; says what is near and what there is
+      UnknownPolicyError
+      UnknownProfileError
+    TooLargeError                413  more than a limit allows
+    FieldsError                  422  fields of a request's body, each with its path
+  PolicyError                    500  a policy answered what cannot be done (the guard catches it)
 """
 
 from collections.abc import Iterable

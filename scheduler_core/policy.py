@@ -108,8 +108,7 @@ class DecodeView(msgspec.Struct, frozen=True, gc=False):
         An empty instance takes any request: it could never run otherwise.
         """
         return (
-            batch_size == 0
-            or sum_context_tokens + request.context_tokens + batch_size + 1 <= self.instance.kv_tokens
+            batch_size == 0 or sum_context_tokens + request.context_tokens + batch_size + 1 <= self.instance.kv_tokens
         )
 
 

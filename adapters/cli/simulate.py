@@ -164,23 +164,34 @@ def bound(
     duration: Limit = None,
     seed: Annotated[int, typer.Option(help="Of the noise.", min=0)] = 0,
     noise: Noise = 0.0,
+    end_to_end: Annotated[
+        bool, typer.Option("--end-to-end", help="Also for TTFT and TPOT both; needs noise 0, takes up to a minute.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Print what no scheduler could exceed in TTFT attainment, even if it knew the future.
 
     Example: kairos bound trace.csv.gz --fleet b300 --load 1.2 --target fixed:2
     """
-    from kairos.adapters.simulator.compare import ttft_bound
+    from kairos.adapters.simulator.bounds import end_to_end_bound, ttft_bound
     from kairos.adapters.simulator.run import Knobs
-    from kairos.adapters.simulator.scenario import Scenario
+    from kairos.adapters.simulator.scenario import Scenario, fleet_of, workload_of
 
     scenario = Scenario(trace, fleet, target, load, decode_load, time_scale, jitter, jitter_seed, duration)
-    count, submitted = ttft_bound(scenario, Knobs(seed=seed, noise=noise))
+    workload, instances, knobs = workload_of(scenario), fleet_of(fleet), Knobs(seed=seed, noise=noise)
+    found = {"ttft": ttft_bound(workload, instances, knobs)}
+    if end_to_end:
+        found["slo"] = end_to_end_bound(workload, instances, knobs)
     if as_json:
-        answer = {"requests": submitted, "ttft_met_at_most": count, "ttft_attainment": count / submitted}
+        answer: dict[str, float] = {"requests": len(workload)}
+        for name, count in found.items():
+            answer |= {f"{name}_met_at_most": count, f"{name}_attainment": count / len(workload)}
         typer.echo(json.dumps(answer))
         return
-    typer.echo(f"at most {count:,} of {submitted:,} requests can meet their TTFT target: {percent(count / submitted)}")
+    for name, count in found.items():
+        what = "their TTFT target" if name == "ttft" else "both targets"
+        share = percent(count / len(workload))
+        typer.echo(f"at most {count:,} of {len(workload):,} requests can meet {what}: {share}")
 
 
 def print_results(results: dict[str, Any], verdicts_on: str | None = None) -> None:

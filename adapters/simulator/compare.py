@@ -7,6 +7,7 @@ it stopped.
 
 import hashlib
 import json
+import os
 import pickle
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +21,9 @@ import msgspec
 import numpy as np
 
 import kairos
-from kairos.adapters.simulator import clairvoyant, evidence, windows
+from kairos.adapters.simulator import evidence, windows
+from kairos.adapters.simulator.bounds import ttft_bound
 from kairos.adapters.simulator.evidence import Gaps
-from kairos.adapters.simulator.noise import request_factors
 from kairos.adapters.simulator.run import Knobs, StepRow, simulate
 from kairos.adapters.simulator.scenario import (
     Scenario,
@@ -119,7 +120,7 @@ def _file_of(scenario: Scenario, strategy: str, knobs: Knobs, folder: Path) -> P
         "knobs": asdict(knobs),
     }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-    return folder / f"{digest[:24]}.joblib"
+    return folder / f"{digest[:24]}.run"
 
 
 def _step_times(settings: Settings) -> Iterator[tuple[str, StepTimesSettings]]:
@@ -140,21 +141,24 @@ def _run(scenario: Scenario, strategy: str, knobs: Knobs, folder: Path) -> None:
     run = simulate(workload_of(scenario), fleet_of(scenario.fleet), chosen, knobs)
     columns = {f.name: getattr(run.requests, f.name) for f in fields(RequestTable) if f.name != "workload"}
     steps = [step for step in run.steps if step.kind == "prefill"]
-    unfinished = path.with_suffix(".part")
-    joblib.dump(
-        (columns, steps, run.decision_us, _thinned(run.gaps), dict(run.fallbacks), list(run.notes)),
-        unfinished,
-        compress=3,
-    )
+    _save((columns, steps, run.decision_us, _thinned(run.gaps), dict(run.fallbacks), list(run.notes)), path)
+
+
+def _save(kept: tuple[Any, ...], path: Path) -> None:
+    """Write what a run left, with its digest before it, whole or not at all."""
+    body = zlib.compress(pickle.dumps(kept, pickle.HIGHEST_PROTOCOL), 3)
+    unfinished = path.with_suffix(f".{os.getpid()}")
+    unfinished.write_bytes(hashlib.sha256(body).digest() + body)
     unfinished.replace(path)
 
 
 def _load(path: Path) -> tuple[Any, ...] | None:
     """What a run left; None: nothing, or a damaged file."""
-    try:
-        kept: tuple[Any, ...] = joblib.load(path)
-    except (OSError, EOFError, ValueError, pickle.UnpicklingError, zlib.error):
+    content = path.read_bytes() if path.exists() else b""
+    digest, body = content[:32], content[32:]
+    if hashlib.sha256(body).digest() != digest:
         return None
+    kept: tuple[Any, ...] = pickle.loads(zlib.decompress(body))
     return kept
 
 
@@ -167,7 +171,9 @@ def _thinned(gaps: Gaps) -> Gaps:
 
 
 def _kept(scenario: Scenario, strategy: str, knobs: Knobs, folder: Path) -> Kept:
-    columns, steps, decision_us, gaps, fallbacks, notes = joblib.load(_file_of(scenario, strategy, knobs, folder))
+    kept = _load(_file_of(scenario, strategy, knobs, folder))
+    assert kept is not None, "a run that just ended"
+    columns, steps, decision_us, gaps, fallbacks, notes = kept
     return Kept(RequestTable(workload=workload_of(scenario), **columns), steps, decision_us, gaps, fallbacks, notes)
 
 
@@ -255,37 +261,9 @@ def _fallback_notes(strategy: str, kept: Sequence[Kept]) -> Iterator[str]:
             yield f"{strategy}: {count} decisions by arrival order, since {what}"
 
 
-def ttft_bound(scenario: Scenario, knobs: Knobs) -> tuple[int, int]:
-    """The most requests that any scheduler could serve within their TTFT target, and how many are submitted."""
-    workload, fleet = workload_of(scenario), fleet_of(scenario.fleet)
-    noise = np.array(request_factors(knobs.seed, "prefill noise", knobs.noise, len(workload)))
-    cached = (
-        clairvoyant.shareable_tokens(workload)
-        if any(unit.cache_tokens for unit in fleet.prefill)
-        else np.zeros(len(workload), dtype=np.int64)
-    )
-    work_s = np.full(len(workload), np.inf)
-    alone_s = np.full(len(workload), np.inf)
-    for unit in fleet.prefill:
-        line = unit.instance.step_times.prefill_line
-        pays = unit.instance.max_requests_per_step == 1
-        work_s = np.minimum(work_s, clairvoyant.lower_bound_work_s(line, workload.prompt_tokens, cached, noise, pays))
-        alone_s = np.minimum(
-            alone_s, clairvoyant.lower_bound_work_s(line, workload.prompt_tokens, cached, noise, pays_fixed_cost=True)
-        )
-    possible = alone_s <= workload.ttft_target_s
-    count = clairvoyant.ttft_bound(
-        workload.arrival_s[possible],
-        work_s[possible],
-        (workload.arrival_s + workload.ttft_target_s)[possible],
-        len(fleet.prefill),
-    )
-    return count, len(workload)
-
-
 def _bound(scenario: Scenario, plan: Plan, seed: int) -> float:
-    count, submitted = ttft_bound(scenario, replace(plan.knobs, seed=seed))
-    return count / submitted
+    workload = workload_of(scenario)
+    return ttft_bound(workload, fleet_of(scenario.fleet), replace(plan.knobs, seed=seed)) / len(workload)
 
 
 def _distributions(tables: Sequence[RequestTable]) -> dict[str, Any]:

@@ -85,9 +85,7 @@ class DecodeRun:
         if self._told is not None:
             self._told.redraw()
         self._make_room()
-        view = DecodeView(
-            now_s, self.instance, self.residents, self.ready, self._sum_context, self._tightest_s
-        )
+        view = DecodeView(now_s, self.instance, self.residents, self.ready, self._sum_context, self._tightest_s)
         plan = self._decider.next_decode(self._policy, view).plan
         admitted = self._carry_out(plan)
         if plan.step is None:

@@ -137,10 +137,12 @@ class PrefillRun:
 
 
 class Pool:
-    """Prefill instances that serve the same models. Under `late` they share a queue, one view of it a group."""
+    """Prefill instances that serve the same models, and the queue of those not bound to one, one view of it a group."""
 
-    def __init__(self, serves: frozenset[str]) -> None:
+    def __init__(self, serves: frozenset[str], shares_queue: bool) -> None:
         self.serves = serves
+        self.shares_queue = shares_queue
+        """Whether requests wait in the shared queue as a rule: placement `late`."""
         self.runs: list[PrefillRun] = []
         self.shared: dict[object, WaitingQueue] = {}
 
@@ -182,7 +184,7 @@ class Pool:
 
     def peers(self, asking: PrefillRun, now_s: float) -> Sequence[Peer]:
         """The other instances of the pool, as the asking one sees them."""
-        if len(self.runs) == 1 or not self.shared:
+        if len(self.runs) == 1 or not len(self.shared[asking.group]):
             return ()
         return [
             Peer(
@@ -212,7 +214,7 @@ class Pool:
             run.lane.own.add(request, now_s)
             order = decider.prefill_order(run.lane, now_s, self.peers(run, now_s))
             run.lane.own.remove(request.request_id)
-            servers = len(self.runs) if self.shared else 1
+            servers = len(self.runs) if self.shares_queue else 1
             ahead_s = 0.0
             for w in order:
                 if w.request_id == request.request_id:
@@ -223,20 +225,15 @@ class Pool:
         return best_s
 
 
-def pools_of(
-    units: Sequence[PrefillUnit], decider: Decider, shares_queue: bool, workload: Workload
-) -> list[Pool]:
-    """The pools of a fleet, each instance with its lane; with `shares_queue` the lanes of a pool share queue and rule."""
+def pools_of(units: Sequence[PrefillUnit], decider: Decider, shares_queue: bool, workload: Workload) -> list[Pool]:
+    """The pools of a fleet, each instance with its lane; with `shares_queue` the lanes of a pool share one rule."""
     pools: dict[frozenset[str], Pool] = {}
     for index, unit in enumerate(units):
-        pool = pools.setdefault(unit.serves, Pool(unit.serves))
+        pool = pools.setdefault(unit.serves, Pool(unit.serves, shares_queue))
         pool.runs.append(PrefillRun(index, unit, pool, workload))
     for pool in pools.values():
-        share = shares_queue and len(pool.runs) > 1
         rule = decider.prefill_rule()
         for run in pool.runs:
-            queue = pool.shared.setdefault(run.group, WaitingQueue()) if share else None
-            run.lane = decider.prefill_lane(run.unit.instance, rule if share else decider.prefill_rule(), queue)
+            queue = pool.shared.setdefault(run.group, WaitingQueue()) if len(pool.runs) > 1 else None
+            run.lane = decider.prefill_lane(run.unit.instance, rule if shares_queue else decider.prefill_rule(), queue)
     return list(pools.values())
-
-

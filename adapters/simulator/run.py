@@ -110,7 +110,9 @@ class _Simulation:
         self.kv_transfer_start_s = [float("nan")] * len(workload)
         shares_queue = strategy.prefill_placement.name == "late"
         self.pools: list[Pool] = pools_of(fleet.prefill, self.decider, shares_queue, workload)
-        self.prefill: list[PrefillRun] = sorted((run for pool in self.pools for run in pool.runs), key=lambda r: r.index)
+        self.prefill: list[PrefillRun] = sorted(
+            (run for pool in self.pools for run in pool.runs), key=lambda r: r.index
+        )
         self.decode: list[DecodeRun] = (
             [] if knobs.stages == "prefill" else [self._decode_run(n) for n in range(len(fleet.decode))]
         )
@@ -127,9 +129,7 @@ class _Simulation:
         instance = (
             real
             if knobs.predictor_error == 0
-            else DecodeInstance(
-                real.instance_id, told, real.max_batch, real.kv_tokens, real.batch_limit, real.control
-            )
+            else DecodeInstance(real.instance_id, told, real.max_batch, real.kv_tokens, real.batch_limit, real.control)
         )
         return DecodeRun(
             index,
@@ -165,14 +165,13 @@ class _Simulation:
                 self.arrives(next_arrival, now_s)
                 next_arrival += 1
             if self.prefill_stirred:
-                self.prefill_stirred = False
-                for prefill in self.prefill:
-                    if not prefill.busy and prefill.lane.waits():
-                        self.prefill_starts(prefill, now_s)
+                self.prefill_instances_start(now_s)
             if self.decode_stirred:
                 for number in sorted(self.decode_stirred):
                     self.decode_starts(self.decode[number], now_s)
                 self.decode_stirred.clear()
+                if self.prefill_stirred:  # decode took KV that kept a prefill instance waiting
+                    self.prefill_instances_start(now_s)
         return self.result()
 
     # -- what happens
@@ -239,6 +238,13 @@ class _Simulation:
             self.workload.slo_class[row],
             self.workload.tenant[row],
         )
+
+    def prefill_instances_start(self, now_s: float) -> None:
+        """All idle prefill instances decide, by index."""
+        self.prefill_stirred = False
+        for prefill in self.prefill:
+            if not prefill.busy and prefill.lane.waits():
+                self.prefill_starts(prefill, now_s)
 
     def prefill_starts(self, run: PrefillRun, now_s: float) -> None:
         """An idle prefill instance decides and begins a step."""

@@ -1,8 +1,8 @@
 """Slack-guided batching: admit by room, shrink the step to what the tightest target allows."""
 
-from kairos.scheduler_core.domain import RequestId
 from operator import attrgetter
 
+from kairos.scheduler_core.domain import RequestId
 from kairos.scheduler_core.policy import DecodePlan, DecodeView, admit_while
 
 _context = attrgetter("context_tokens")

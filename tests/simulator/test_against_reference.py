@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from simulator.cases import CASES, Case, by_name, strategy_text, to_trace_csv, to_yaml
+from simulator.reference import Result, Row, Step, simulate
+
 from kairos.adapters.simulator import run as project
 from kairos.adapters.simulator.fleet import build_fleet
 from kairos.adapters.simulator.run import Knobs
@@ -20,8 +23,6 @@ from kairos.adapters.traces import read_trace
 from kairos.predictors.profiles import step_times_of
 from kairos.scheduler_core.config import load_settings
 from kairos.scheduler_core.strategy import parse_strategy
-from simulator.cases import CASES, Case, by_name, strategy_text, to_trace_csv, to_yaml
-from simulator.reference import Result, Row, Step, simulate
 
 TOLERANCE_S = 1e-6
 

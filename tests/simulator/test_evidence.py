@@ -274,7 +274,8 @@ def test_one_pair_in_twenty_may_be_called_by_chance() -> None:
             "slo_attainment",
             Difference(0.1, -0.3, 0.5),
             "no-difference",
-            "a and b met TTFT and TPOT equally often, within 1 point: +0.1 points (-0.3 to +0.5) at load 0.9 of t, fixed:2",
+            "a and b met TTFT and TPOT equally often, within 1 point: +0.1 points (-0.3 to +0.5)"
+            " at load 0.9 of t, fixed:2",
         ),
         (
             "tpot_attainment",
