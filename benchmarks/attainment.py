@@ -2,10 +2,11 @@
 
     KAIROS_DATA=... python benchmarks/attainment.py [--instances 1] [--quick]
 
-The four reference traces x {fixed 2 s, scaled, classes} x loads 0.7 to 1.5, prefill alone, share guard off, no noise (so
-one seed), chunks as the shipped fleets have them, one request a step. Without `lost_last` no ordering rule comes near (fcfs alone is listed for that), so every rule runs
-with it, with and without `preempt`. Writes results/attainment.json and prints a table; `--quick` leaves out all but
-both options together, and `kairos-paper`, which takes minutes in overload.
+The four reference traces x {fixed 2 s, scaled, classes} x loads 0.7 to 1.5, prefill alone, share guard off, no noise
+(so one seed), chunks as the shipped fleets have them, one request a step. Without `lost_last` no ordering rule comes
+near (fcfs alone is listed for that), so every rule runs with it, with and without `preempt`. Writes
+results/attainment.json and prints a table; `--quick` leaves out all but both options together, and `kairos-paper`,
+which takes minutes in overload.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 The four reference traces on both fitted profiles, one decode instance, prefill never the bottleneck (32 instances), at
 0.8, 0.95 and 1.1 of the SLO capacity. Targets: 2.5 x T(1, median context), or 1.5, 2.5 and 5 x it for a third each.
-`continuous` holds at most --max-batch requests (vLLM's default of 256), the others what KV takes. No noise, so one seed.
-Writes results/decode.json and prints a table.
+`continuous` holds at most --max-batch requests (vLLM's default of 256), the others what KV takes. No noise, so one
+seed. Writes results/decode.json and prints a table.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The two guards around every policy: a share of time for who was passed over, arrival order for a policy that fails."""
+"""The two guards around every policy: a share of time for who was passed over, arrival order when a policy fails."""
 
 import logging
 import time

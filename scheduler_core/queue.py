@@ -1,4 +1,4 @@
-"""The waiting requests of one queue, kept in every order that a policy asks for, so that no decision sorts them anew."""
+"""The waiting requests of one queue, kept in every order that policies ask for, so that no decision sorts them anew."""
 
 import heapq
 from bisect import bisect_left, insort

@@ -43,7 +43,8 @@ def end_to_end_bound(workload: Workload, fleet: SimulatedFleet, knobs: Knobs) ->
     work_s, alone_s = _prefill_needs(workload, fleet, knobs)
     link = fleet.kv_transfer
     by_prefill = fleet.handover.first_token == "prefill"
-    transfer_s: FloatArray = link.latency_s + workload.prompt_tokens * link.bytes_per_token / link.bytes_per_s
+    kv_bytes = workload.prompt_tokens.astype(np.float64) * link.bytes_per_token
+    transfer_s = link.latency_s + kv_bytes / link.bytes_per_s
     capacity = clairvoyant.DecodeCapacity(
         line=times.decode_line,
         instances=len(fleet.decode),
@@ -82,7 +83,7 @@ def _prefill_needs(workload: Workload, fleet: SimulatedFleet, knobs: Knobs) -> t
 
 
 def _alone_s(unit: PrefillUnit, prompt_tokens: IntArray, cached_tokens: IntArray) -> FloatArray:
-    """Seconds of each prompt alone, in chunks or whole, whichever is shorter (learned times need not be subadditive)."""
+    """Seconds of each prompt alone, in chunks or whole: whichever is shorter, as learned times need not be subadditive."""
     instance = unit.instance
     remaining: Callable[[int, int, int | None], float] = instance.step_times.remaining_prefill_s
     pairs, places = np.unique(np.stack([prompt_tokens - cached_tokens, cached_tokens]), axis=1, return_inverse=True)

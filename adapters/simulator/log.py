@@ -15,7 +15,31 @@ from kairos.adapters.simulator.run import Run, StepRow
 from kairos.adapters.simulator.tables import STATUSES, IntArray, RequestTable
 from kairos.scheduler_core.slo import BoolArray, FloatArray
 
-REQUEST_COLUMNS = ["request_id", "arrival_s", "prompt_tokens", "cached_tokens", "output_tokens", "slo_class", "tenant", "ttft_target_s", "tpot_target_s", "prefill_instance", "decode_instance", "prefill_start_s", "first_token_s", "decode_ready_s", "last_token_s", "ttft_s", "tpot_s", "max_itl_s", "ttft_met", "tpot_met", "slo_met", "status", "model"]
+REQUEST_COLUMNS = [
+    "request_id",
+    "arrival_s",
+    "prompt_tokens",
+    "cached_tokens",
+    "output_tokens",
+    "slo_class",
+    "tenant",
+    "ttft_target_s",
+    "tpot_target_s",
+    "prefill_instance",
+    "decode_instance",
+    "prefill_start_s",
+    "first_token_s",
+    "decode_ready_s",
+    "last_token_s",
+    "ttft_s",
+    "tpot_s",
+    "max_itl_s",
+    "ttft_met",
+    "tpot_met",
+    "slo_met",
+    "status",
+    "model",
+]
 STEP_COLUMNS = (
     "instance",
     "kind",

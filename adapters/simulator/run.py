@@ -1,7 +1,7 @@
 """One run of a strategy on a simulated fleet, on a virtual clock: the rules of interfaces.md section 4.
 
-At one instant: step ends (prefill, then decode, by index), KV that is ready (by id), arrivals (by id), then idle prefill
-instances decide, then idle decode instances. The same `Decider` decides here as in a live system.
+At one instant: step ends (prefill, then decode, by index), KV that is ready (by id), arrivals (by id), then idle
+prefill instances decide, then idle decode instances. The same `Decider` decides here as in a live system.
 """
 
 import heapq
@@ -264,7 +264,7 @@ class _Simulation:
             errors = [self.errors[w.request_id] for w in decision.requests]  # type: ignore[index]  # rows
             predicted_s = run.unit.instance.step_times.prefill_step_s(decision.parts, errors)
         outcome = self.outcome
-        for request, part in zip(decision.requests, decision.parts, strict=True):
+        for request in decision.requests:
             row: int = request.request_id  # type: ignore[assignment]  # rows
             if outcome.prefill_instance[row] < 0:
                 outcome.prefill_instance[row] = run.index

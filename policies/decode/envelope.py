@@ -38,8 +38,8 @@ class Memory(msgspec.Struct):
 class Envelope:
     """Keep as many requests on time as the step-time budget allows; the others run in spare room.
 
-    With T = a + b*B + c*S a request costs e = b + c*context a step, and needs e/target of each second. When the tightest
-    kept target is tau, steps may take P = h*tau, which leaves h - a/tau for the kept ones.
+    With T = a + b*B + c*S a request costs e = b + c*context a step, and needs e/target of each second. When the
+    tightest kept target is tau, steps may take P = h*tau, which leaves h - a/tau for the kept ones.
 
     1. A request can be kept if it is on time, or likely to last long enough to catch up at step time P, by the lengths
        of recent outputs. A target with a >= h*target can be met by no batch.

@@ -4,7 +4,7 @@ from kairos.scheduler_core.policy import PrefillPlacementView
 
 
 class LeastWork:
-    """The instance that would finish the request first: least outstanding seconds plus its own there (ties: the first)."""
+    """The instance that would finish the request first: outstanding seconds plus its own there (ties: the first)."""
 
     def place_prefill(self, view: PrefillPlacementView) -> str | None:
         """The instance that is done with it first."""
