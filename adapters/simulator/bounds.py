@@ -83,7 +83,7 @@ def _prefill_needs(workload: Workload, fleet: SimulatedFleet, knobs: Knobs) -> t
 
 
 def _alone_s(unit: PrefillUnit, prompt_tokens: IntArray, cached_tokens: IntArray) -> FloatArray:
-    """Seconds of each prompt alone, in chunks or whole: whichever is shorter, as learned times need not be subadditive."""
+    """Seconds of each prompt alone, in chunks or whole: learned times need not be subadditive, so the shorter."""
     instance = unit.instance
     remaining: Callable[[int, int, int | None], float] = instance.step_times.remaining_prefill_s
     pairs, places = np.unique(np.stack([prompt_tokens - cached_tokens, cached_tokens]), axis=1, return_inverse=True)

@@ -2,7 +2,8 @@
 
 A burst makes neighbouring requests late together, so the unit is a block of time, long enough that one block's queue is
 gone before the block after the next begins (where it ever is: see `blocks_of`). Every figure is a ratio of per-block
-sums, and one trace is one draw of traffic: an interval speaks of other stretches of this traffic, never of other traffic.
+sums, and one trace is one draw of traffic: an interval speaks of other stretches of this traffic, never of other
+traffic.
 
     20 blocks or more   circular moving-block bootstrap, seeds resampled first, studentised
     10 to 19            t interval on the blocks, seeds summed, widened for what neighbours share (AR(1))

@@ -258,7 +258,7 @@ def test_envelope_runs_who_cannot_catch_up_in_spare_room_the_shortest_context_fi
 
 
 def test_envelope_gives_a_request_up_when_outputs_do_not_last_long_enough_to_catch_up() -> None:
-    # at steps of 0.9 x 50 ms each token gains 5 ms: 0.4 s late take 80 tokens, 0.6 s take 120. All outputs seen had 100.
+    # at steps of 0.9 x 50 ms each token gains 5 ms: 0.4 s late take 80 tokens, 0.6 s take 120. All outputs had 100.
     # What tells them apart: only one that is given up is swapped out for the newcomer
     def swapped_out(late_s: float) -> Sequence[object]:
         policy = Envelope()
