@@ -2,7 +2,7 @@
 .PHONY: demo test venv
 
 demo: venv
-	.venv/bin/kairos demo --out demo-out
+	@.venv/bin/kairos demo --out demo-out
 
 test:
 	.ci/run
