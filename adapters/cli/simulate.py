@@ -204,7 +204,7 @@ def print_results(results: dict[str, Any], verdicts_on: str | None = None) -> No
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     bounds: dict[tuple[Any, ...], list[float]] = {}
     for b in results["bounds"]:
         bounds.setdefault((b["trace"], b["target"], b["load"]), []).append(b["ttft_attainment"])
@@ -215,7 +215,7 @@ def print_results(results: dict[str, Any], verdicts_on: str | None = None) -> No
         at = "as recorded" if load is None else f"load {load:g}"
         console.print(f"{trace}{kind}, target {target}, {at}", soft_wrap=True)
         table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-        table.add_column("strategy")
+        table.add_column("strategy", no_wrap=True)
         for column in ("TTFT met", "TPOT met", "both met", "goodput /s", "TTFT p99", "worst wait"):
             table.add_column(column, justify="right")
         for cell in results["cells"]:
