@@ -149,7 +149,7 @@ def bound_heading(c: Comparison) -> Markup:
     if not shares:
         return Markup("How far {} is from the possible is not known: no bound was recorded").format(shown(strategy))
     reached = percent(min(shares)) if len(shares) == 1 else f"{percent(min(shares))} to {percent(max(shares))}"
-    return Markup("{} reaches {} of what any scheduler could").format(shown(strategy), reached)
+    return Markup("{} reaches {} of the bound on first tokens in time").format(shown(strategy), reached)
 
 
 def bound_sentence(c: Comparison) -> Markup:

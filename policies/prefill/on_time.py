@@ -42,13 +42,14 @@ def _keep_alone(view: PrefillView) -> tuple[Sequence[Waiting], list[Waiting]]:
     busy_until_s = view.now_s
     kept: list[tuple[float, int]] = []
     dropped: set[int] = set()
+    push, push_pop = heapq.heappush, heapq.heappushpop
     for place, w in enumerate(candidates):
-        busy_until_s += w.prefill_s
-        entry = (-w.prefill_s / w.weight, -place)
+        work_s = w.prefill_s
+        busy_until_s += work_s
         if busy_until_s <= w.deadline_s:
-            heapq.heappush(kept, entry)
+            push(kept, (-work_s / w.weight, -place))
         else:
-            leaving = -heapq.heappushpop(kept, entry)[1]
+            leaving = -push_pop(kept, (-work_s / w.weight, -place))[1]
             dropped.add(leaving)
             busy_until_s -= candidates[leaving].prefill_s
     if not dropped:
