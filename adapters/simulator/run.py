@@ -413,7 +413,7 @@ class _Simulation:
 
     def notes(self) -> list[str]:
         """What a reader of the figures must know."""
-        notes = []
+        notes = list(self.workload.notes)
         if self.no_server:
             notes.append(f"{self.no_server} requests rejected: no_instance_serves_model")
         capacities = [unit.instance.kv_tokens for unit in self.fleet.decode]

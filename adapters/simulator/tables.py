@@ -39,6 +39,8 @@ class Workload:
     block_ids: Sequence[tuple[int, ...]] | None = None
     """Prefix block ids of each prompt, of `block_tokens` tokens each."""
     block_tokens: int = 0
+    notes: Sequence[str] = ()
+    """Counted, named treatments of what the configuration does not know."""
 
     def __len__(self) -> int:
         return len(self.arrival_s)

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from zlib import crc32
@@ -114,6 +115,7 @@ def build_workload(
         model=_column(trace.model, order, ""),
         block_ids=None if trace.block_ids is None else [trace.block_ids[i] for i in order],
         block_tokens=trace.block_tokens,
+        notes=() if target is not None else _unknown_classes(slo, _column(trace.slo_class, order, "default")),
     )
 
 
@@ -129,6 +131,14 @@ def _configured(slo: SloSettings, classes: list[str]) -> tuple[FloatArray, Float
     ttft = np.array([known[name].ttft_s or NO_TARGET_S for name in names], dtype=np.float64)
     tpot = np.array([known[name].tpot_s or NO_TARGET_S for name in names], dtype=np.float64)
     return ttft, tpot, names
+
+
+def _unknown_classes(slo: SloSettings, classes: list[str]) -> list[str]:
+    return [
+        f"{count} requests of class '{name}', which slo.classes does not have, count as 'default'"
+        for name, count in sorted(Counter(classes).items())
+        if name not in slo.classes
+    ]
 
 
 def _assigned(
