@@ -293,16 +293,16 @@ class _Simulation:
         self.prefill_stirred = True
         for row in run.end(now_s, self.decider):
             outcome = self.outcome
+            if not self.decode:  # prefill alone: the run ends with the first token
+                outcome.first_token_s[row] = now_s
+                outcome.status[row] = FINISHED
+                continue
             if not self.first_token_at_decode:
                 outcome.first_token_s[row] = now_s
-                if outcome.output_tokens[row] <= 1 or not self.decode:
+                if outcome.output_tokens[row] <= 1:
                     outcome.last_token_s[row] = now_s
                     outcome.status[row] = FINISHED
                     continue
-            elif not self.decode:
-                outcome.first_token_s[row] = outcome.last_token_s[row] = now_s
-                outcome.status[row] = FINISHED
-                continue
             run.held_tokens += self.prompt_tokens[row]
             if self.place_decode_at == "at_first_token":
                 self.choose_decode(row, now_s)
