@@ -1,18 +1,13 @@
-"""The pages say what is so: links lead somewhere, commands run, the README shows what the demo prints."""
+"""The pages say what is so: links lead somewhere, commands run."""
 
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from cli.test_commands import COMMANDS
-
-from kairos.adapters.traces import write_trace
-from kairos.adapters.traces.generate import generate
-from kairos.adapters.traces.synthetic_telemetry import write_telemetry
+from command_line import kairos_apart
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -25,14 +20,6 @@ def names(pages: list[Path]) -> list[str]:
 def blocks(page: Path, language: str) -> list[str]:
     """The fenced blocks of a page in a language."""
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-
-
-def kairos(*arguments: str, cwd: Path) -> str:
-    """What the command prints on stdout, in a process of its own."""
-    program = [sys.executable, "-c", "from kairos.adapters.cli import main; main()", *arguments]
-    ended = subprocess.run(program, cwd=cwd, capture_output=True, text=True)
-    assert ended.returncode == 0, f"kairos {shlex.join(arguments)}: {ended.stderr}"
-    return ended.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
@@ -70,33 +57,4 @@ def test_the_commands_of_a_page_run_in_their_order(page: Path, tmp_path: Path) -
     for command in commands:
         program, *arguments = shlex.split(command, comments=True)
         assert program == "kairos"
-        kairos(*arguments, cwd=tmp_path)
-
-
-def skeleton(text: str) -> list[str]:
-    """What is left of the demo's output without numbers, names of files, and words that hang on the numbers."""
-    lines = []
-    for line in text.splitlines():
-        line = re.sub(r"^(- \w+) .*", r"\1", line)  # a verdict
-        line = re.sub(r"predicted TTFT .*", "predicted TTFT", line)
-        line = re.sub(r"^(\d\. \w+ \w+ [^/]*?)\S*/\S*.*", r"\1", line)  # a step and its file
-        line = re.sub(r"^\S+( \(SYNTHETIC\))?, target", "TRACE, target", line)
-        line = re.sub(r" \([^)]*\)", "", line)
-        line = " ".join(re.sub(r"[\d.,]+", "#", line).split())
-        if line and "mixed" not in line:
-            lines.append(line)
-    return lines
-
-
-def test_the_readme_shows_what_the_demo_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "data" / "traces").mkdir(parents=True)
-    write_trace(generate("mooncake_conversation", 90, seed=1), tmp_path / "data" / "traces" / "some.csv.gz")
-    write_telemetry(tmp_path / "data" / "telemetry", seed=1)
-    monkeypatch.setenv("KAIROS_DATA", str(tmp_path / "data"))
-
-    printed = kairos("demo", "--out", "demo-out", cwd=tmp_path)
-
-    command, _, shown = blocks(ROOT / "README.md", "text")[0].partition("\n")
-    assert command == "$ make demo"
-    assert skeleton(shown) == skeleton(printed)
-    assert (tmp_path / "demo-out" / "report.html").exists()
+        kairos_apart(*arguments, cwd=tmp_path)
