@@ -1,6 +1,6 @@
 """What an engine reports: one record a step, one a request, and many steps of one profile as arrays.
 
-The wire form is that of interfaces.md section 3 (telemetry); here are the glossary's names, seconds and tokens.
+The wire form is that of docs/files.md (telemetry); here are the glossary's names, seconds and tokens.
 """
 
 from collections.abc import Iterable, Sequence

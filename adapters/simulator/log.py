@@ -1,4 +1,4 @@
-"""The files of one run: requests.csv, steps.csv, events.parquet, summary.json (interfaces.md section 3)."""
+"""The files of one run: requests.csv, steps.csv, events.parquet, summary.json (docs/files.md)."""
 
 import csv
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""One run of a strategy on a simulated fleet, on a virtual clock: the rules of interfaces.md section 4.
+"""One run of a strategy on a simulated fleet, on a virtual clock: the rules of docs/simulator.md.
 
 At one instant: step ends (prefill, then decode, by index), KV that is ready (by id), arrivals (by id), then idle
 prefill instances decide, then idle decode instances. The same `Decider` decides here as in a live system.

@@ -1,6 +1,6 @@
 """The columns of a workload and of a run: one row a request, one array a column.
 
-`RequestTable` is requests.csv in memory (interfaces.md section 3): NaN in a float column and -1 in an instance column
+`RequestTable` is requests.csv in memory (docs/files.md): NaN in a float column and -1 in an instance column
 mean "not applicable".
 """
 

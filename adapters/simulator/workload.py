@@ -1,4 +1,4 @@
-"""From a trace to what is submitted: jitter, targets, scaling in time (interfaces.md sections 1 and 4)."""
+"""From a trace to what is submitted: jitter, targets, scaling in time (docs/simulator.md)."""
 
 import math
 import re
@@ -191,7 +191,7 @@ def at_decode_load(workload: Workload, load: float, lines: Sequence[Line]) -> Wo
     """The workload with time scaled to `load` of the SLO capacity of the decode instances.
 
     At capacity the residents of an instance use, in the mean, all of the rate their targets leave:
-    sum e_r/tau_r = 1 - a/tau_min with e_r = b + c*context, under `continuous` without a KV limit (algorithms.md 5).
+    sum e_r/tau_r = 1 - a/tau_min with e_r = b + c*context, under `continuous` without a KV limit (docs/simulator.md).
     In steady state a step takes T = a/(1 - W) where W is marginal decode work per second, and the sum is V*T with V
     the work over its target per second; both grow with the load, which gives the capacity in closed form.
 
