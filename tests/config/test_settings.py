@@ -270,7 +270,8 @@ def test_a_model_beside_the_file_is_found_from_any_folder(tmp_path: Path) -> Non
     (tmp_path / "model.kairos").write_bytes(b"")
     file = tmp_path / "kairos.yaml"
     file.write_text(
-        "profiles: {p: {gpu: g, model: m, step_times: {model: model.kairos}}}\nfleet: {prefill: [{profile: p}], decode: [{profile: p}]}\n"
+        "profiles: {p: {gpu: g, model: m, step_times: {model: model.kairos}}}\n"
+        "fleet: {prefill: [{profile: p}], decode: [{profile: p}]}\n"
     )
     times = load_settings(file, {}).profiles["p"].step_times
 
