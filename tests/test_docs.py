@@ -1,6 +1,7 @@
 """The pages say what is so: links lead somewhere, commands run."""
 
 import re
+import runpy
 import shlex
 import shutil
 from pathlib import Path
@@ -58,3 +59,9 @@ def test_the_commands_of_a_page_run_in_their_order(page: Path, tmp_path: Path) -
         program, *arguments = shlex.split(command, comments=True)
         assert program == "kairos"
         kairos_apart(*arguments, cwd=tmp_path)
+
+
+def test_the_results_page_says_what_the_results_files_say() -> None:
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
+
+    assert (ROOT / "docs" / "results.md").read_text() == tables["page"]()

@@ -1,0 +1,120 @@
+"""docs/results.md from the results files: no figure in it is typed by hand.
+
+python benchmarks/tables.py
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "results.md"
+OURS = "on-time"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def made_by(results: dict[str, Any]) -> str:
+    """How a section's figures were made."""
+    meta = results["meta"]
+    return f"`{meta['command']}` on {meta['machine']}, seeds {meta['seeds'] or 'none'}."
+
+
+def prefill(results: dict[str, Any]) -> str:
+    """TTFT attainment of `on-time` beside the best other policy and the bound."""
+    rows = []
+    for cell in results["cells"]:
+        d = cell["difference_pp"]
+        interval = "too short for an interval" if d["low"] is None else f"{d['low']:+.1f} to {d['high']:+.1f}"
+        attained = cell["attained"]
+        rows.append(
+            (
+                cell["trace"],
+                cell["target"],
+                cell["load"],
+                f"{cell['bound']:.1f}",
+                f"{attained[OURS]:.1f}",
+                f"{attained[cell['best_other']]:.1f} `{cell['best_other']}`",
+                f"{d['mean']:+.2f} ({interval})",
+                f"{attained['fcfs']:.1f}",
+            )
+        )
+    goals = [(name, f"{results['summary'][name]:.3g}", f"{goal:g}") for name, goal in results["goals"].items()]
+    head = ("trace", "target", "load", "bound", "`on-time`", "best other", "difference", "`fcfs`")
+    return f"{table(('', 'found', 'goal'), goals)}\n\n{table(head, rows)}"
+
+
+def decode(results: dict[str, Any]) -> str:
+    """TPOT attainment of `envelope` beside `continuous` and `slack`."""
+    policies = list(results["cells"][0]["attained"])
+    rows = [
+        (c["trace"], c["fleet"], c["kind"], c["load"], *(f"{c['attained'][p]:.1f}" for p in policies))
+        for c in results["cells"]
+    ]
+    means = [
+        (m["kind"], m["load"], *(f"{points:+.1f}" for points in m["envelope_over_pp"].values()))
+        for m in results["means"]
+    ]
+    over = [f"`envelope` over `{p}`" for p in results["means"][0]["envelope_over_pp"]]
+    first = table(("targets", "load", *over), means)
+    return f"{first}\n\n{table(('trace', 'profile', 'targets', 'load', *(f'`{p}`' for p in policies)), rows)}"
+
+
+def paper(results: dict[str, Any]) -> str:
+    """The paper's frame."""
+    policies = list(results["rows"][0]["attained"])
+    rows = [
+        (f"{r['load']:.2f}", *(f"{r['attained'][p]:.1f}" for p in policies), r["published"]) for r in results["rows"]
+    ]
+    return table(("load", *(f"`{p}`" for p in policies), "published for `kairos-paper`"), rows)
+
+
+def robustness(results: dict[str, Any]) -> str:
+    """What errors and the share guard cost."""
+    rows = [
+        (r["error_sigma"] or "-", r["deferred_share"] or "-", f"{r['cost_pp']:.2f}", f"{r['worst_pp']:.2f}")
+        for r in results["rows"]
+    ]
+    return table(("predictor error, sigma", "deferred share", "costs, points", "at worst"), rows)
+
+
+def speed(results: dict[str, Any]) -> str:
+    """Decision time and simulated requests."""
+    rows = [
+        (r["waiting"], r["instances"], f"{r['us']['p50']:.0f}", f"{r['us']['p99']:.0f}", f"{r['over_floor']:.1f}")
+        for r in results["decisions"]
+    ]
+    hour = results["simulator"]
+    said = (
+        f"{hour['requests']:,} requests of {hour['trace']} with {hour['tokens']:,} tokens are simulated in "
+        f"{hour['cpu_s']:.1f} s of one core."
+    )
+    return f"{table(('waiting', 'instances', 'p50, us', 'p99, us', 'over the floor'), rows)}\n\n{said}"
+
+
+SECTIONS = (
+    ("Prefill: first tokens in time", "attainment", prefill),
+    ("Decode: output pace kept, at most 256 in a batch of `continuous`", "decode", decode),
+    ("Decode: the same with at most 64, the default of a fleet", "decode_batch64", decode),
+    ("The paper's frame", "paper_frame", paper),
+    ("What errors and the share guard cost `on-time`", "robustness", robustness),
+    ("Speed", "speed", speed),
+)
+
+
+def page() -> str:
+    """The whole page."""
+    parts = ["# Results", "Made by `python benchmarks/tables.py` from `benchmarks/results/`; figures are percent."]
+    for title, name, made in SECTIONS:
+        results = json.loads((RESULTS / f"{name}.json").read_text())
+        parts += [f"## {title}", made_by(results), made(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
