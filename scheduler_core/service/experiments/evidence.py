@@ -10,7 +10,8 @@ from typing import Protocol
 
 import msgspec
 import numpy as np
-from scipy.special import lambertw, log_ndtr, logsumexp
+from scipy.optimize import brentq
+from scipy.special import lambertw, log_ndtr
 
 from kairos.scheduler_core.slo import FloatArray
 
@@ -23,7 +24,6 @@ PSEUDO_PAIRS = 4.0
 PLANNED_PAIRS = 40.0
 """Where the Gaussian mixture is sharpest."""
 SIGMA_FLOOR = 0.005
-_HALVINGS = 40
 
 
 def adjust(d: FloatArray, x: FloatArray) -> FloatArray:
@@ -56,7 +56,7 @@ def log_e(d: FloatArray, sigma: float, reach: float) -> FloatArray:
 
     Source: de la Pena 1999; Howard et al. 2021, arXiv 1810.08240.
     """
-    evidence: FloatArray = logsumexp(np.cumsum(_log_factors(d, sigma, reach), axis=-1), axis=-2) - np.log(BETS)
+    evidence: FloatArray = np.logaddexp.reduce(np.cumsum(_log_factors(d, sigma, reach), axis=-1), axis=-2) - np.log(BETS)
     return evidence
 
 
@@ -100,7 +100,7 @@ class SignFlips(msgspec.Struct, frozen=True):
         """Effects in [-1, 1] that neither side's evidence refuses; may be looked at after every pair.
 
         Evidence against an effect only grows with its distance from the weighted mean, where there is none: so the two
-        ends are found by halving.
+        ends are found by root finding.
         """
         if not w.any():
             return -1.0, 1.0
@@ -108,22 +108,15 @@ class SignFlips(msgspec.Struct, frozen=True):
         mean = float(np.clip(d.sum() / w.sum(), -1.0, 1.0))
 
         def end(limit: float, side: float) -> float:
-            inside, outside = mean, limit
-            if self._last(side * (d - w * limit)) < threshold:
+            def surplus(theta: float) -> float:
+                total = _log_factors(side * (d - w * theta), self.sigma, BETTER_REACH).sum(axis=-1)
+                return float(np.logaddexp.reduce(total)) - np.log(BETS) - threshold
+
+            if surplus(limit) < 0.0:
                 return limit
-            for _ in range(_HALVINGS):
-                middle = (inside + outside) / 2
-                if self._last(side * (d - w * middle)) < threshold:
-                    inside = middle
-                else:
-                    outside = middle
-            return outside
+            return float(brentq(surplus, limit, mean)) if surplus(mean) < 0.0 else mean
 
         return end(-1.0, 1.0), end(1.0, -1.0)
-
-    def _last(self, d: FloatArray) -> float:
-        total = _log_factors(d, self.sigma, BETTER_REACH).sum(axis=-1)
-        return float(logsumexp(total) - np.log(BETS))
 
 
 class GaussianMixture(msgspec.Struct, frozen=True):
