@@ -209,25 +209,23 @@ def draw_schedule(plan: Plan, generation: int, start_s: float, from_s: float) ->
 
 def _slots(plan: Plan, now_s: float) -> Iterator[Slot]:
     """Without end: each round of a stage runs one pair (or one probe), then the champion until the share is kept."""
-    nobody = {"switchback": "A", "pools": "AA", "sticky": ""}[plan.design]
+    nobody = "AA" if plan.design == "pools" else "A"
     pair = 0
     for stage in plan.stages:
+        probe = plan.design != "sticky" and stage.share < SMALLEST_PAIRED_SHARE
         done = 0
         while stage.pairs is None or done < stage.pairs:
-            round_s = 0.0
-            probe = plan.design != "sticky" and stage.share < SMALLEST_PAIRED_SHARE
-            busy = _probe(plan) if probe else _pair(plan, pair)
-            for length_s, arms in busy:
+            began_s, challenger_s = now_s, 0.0
+            for length_s, arms in _probe(plan) if probe else _pair(plan, pair):
                 yield Slot(now_s, now_s + length_s, arms, stage.share, None if probe else pair)
-                now_s, round_s = now_s + length_s, round_s + length_s
+                now_s += length_s
+                challenger_s += length_s * arms.count("B") / max(len(arms), 1)
+            rest_s = challenger_s / stage.share - (now_s - began_s)
+            if rest_s > 1e-6:
+                yield Slot(now_s, now_s + rest_s, nobody, stage.share, None)
+                now_s += rest_s
             pair += 0 if probe else 1
             done += 1
-            if plan.design != "sticky":
-                challenger_s = sum(length_s * arms.count("B") / len(arms) for length_s, arms in busy)
-                rest_s = challenger_s / stage.share - round_s
-                if rest_s > 1e-6:
-                    yield Slot(now_s, now_s + rest_s, nobody, stage.share, None)
-                    now_s += rest_s
 
 
 def _pair(plan: Plan, pair: int) -> list[tuple[float, str]]:

@@ -56,7 +56,9 @@ def log_e(d: FloatArray, sigma: float, reach: float) -> FloatArray:
 
     Source: de la Pena 1999; Howard et al. 2021, arXiv 1810.08240.
     """
-    evidence: FloatArray = np.logaddexp.reduce(np.cumsum(_log_factors(d, sigma, reach), axis=-1), axis=-2) - np.log(BETS)
+    evidence: FloatArray = np.logaddexp.reduce(np.cumsum(_log_factors(d, sigma, reach), axis=-1), axis=-2) - np.log(
+        BETS
+    )
     return evidence
 
 

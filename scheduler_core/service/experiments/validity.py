@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -108,15 +109,22 @@ def _counts_p(plan: Plan, pairs: Sequence[Pair]) -> float:
 def _carry_over_p(plan: Plan, pairs: Sequence[Pair]) -> float | None:
     """Permutation test: do first blocks differ by whether they follow their own arm or the other?
 
-    Attainment without what the covariate and the arm explain; which arm went before is a coin of its own.
+    Attainment without what the covariate and the arm explain; which arm went before is a coin of its own. That holds
+    where one pair follows another at half share; below it the champion always goes before.
     """
-    follows = _follows_own_arm(plan, pairs)
-    if plan.design != "switchback" or min(follows.sum(), (~follows).sum()) < FEWEST_FOLLOWERS:
+    joined = [
+        (before, pair)
+        for before, pair in pairwise(pairs)
+        if plan.design == "switchback" and before.i == pair.i - 1 and min(before.share, pair.share) >= 0.5
+    ]
+    own = np.array([coin(plan, before.i) != coin(plan, pair.i) for before, pair in joined], dtype=np.bool_)
+    if min(own.sum(), (~own).sum()) < FEWEST_FOLLOWERS:
         return None
-    y = np.array([pair.first.attainment if pair.first.counted else 0.0 for pair in pairs])
-    explained = [np.ones(len(pairs)), signs(plan, pairs)]
-    if all(pair.first.replayed is not None for pair in pairs):
-        explained.append(np.array([pair.first.replayed for pair in pairs], dtype=np.float64))
+    later = [pair for _, pair in joined]
+    y = np.array([pair.first.attainment if pair.first.counted else 0.0 for pair in later])
+    explained = [np.ones(len(later)), signs(plan, later)]
+    if all(pair.first.replayed is not None for pair in later):
+        explained.append(np.array([pair.first.replayed for pair in later], dtype=np.float64))
     design = np.stack(explained, axis=1)
     rest = y - design @ np.linalg.lstsq(design, y, rcond=None)[0]
 
@@ -125,21 +133,9 @@ def _carry_over_p(plan: Plan, pairs: Sequence[Pair]) -> float | None:
         gap: FloatArray = (own @ rest) / own.sum(axis=-1) - (~own @ rest) / (~own).sum(axis=-1)
         return np.abs(gap)
 
-    shuffled = follows[np.random.default_rng(plan.seed).random((CARRY_OVER_DRAWS, len(pairs))).argsort(axis=1)]
-    as_extreme = int((contrast(shuffled) >= contrast(follows) - 1e-12).sum())
+    shuffled = own[np.random.default_rng(plan.seed).random((CARRY_OVER_DRAWS, len(own))).argsort(axis=1)]
+    as_extreme = int((contrast(shuffled) >= contrast(own) - 1e-12).sum())
     return (1 + as_extreme) / (1 + CARRY_OVER_DRAWS)
-
-
-def _follows_own_arm(plan: Plan, pairs: Sequence[Pair]) -> BoolArray:
-    """(n,) whether each first block runs what ran just before it; below half share that is the champion."""
-    own = []
-    before: Pair | None = None
-    for pair in pairs:
-        joined = before is not None and before.i == pair.i - 1 and min(before.share, pair.share) >= 0.5
-        ran_b = joined and before is not None and coin(plan, before.i) < 0
-        own.append((coin(plan, pair.i) > 0) == ran_b)
-        before = pair
-    return np.array(own, dtype=np.bool_)
 
 
 def _replay_bias_pp(plan: Plan, pairs: Sequence[Pair]) -> float | None:

@@ -199,7 +199,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     verdict: Word
     sentence: str
     stops: bool
-    """Whether the champion must be back now."""
+    """Whether the experiment ends here, with the champion back in place."""
     difference_pp: Difference
     evidence: EvidenceFound
     n: Numbers

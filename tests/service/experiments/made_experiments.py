@@ -57,9 +57,7 @@ LOADS = (0.3, 0.6, 0.8, 0.95)
 def pairs(of: Plan, n: int, gain: int, loads: Sequence[float] = LOADS, **sides: Callable[[str], object]) -> list[Pair]:
     """n pairs in which the challenger meets `gain` more of each 1,000 targets, a little more or less by turns."""
     wobble = (-20, 20, -10, 10, 0)
-    return [
-        pair(of, i, 800, 800 + gain + wobble[i % len(wobble)], loads[i % len(loads)], **sides) for i in range(n)
-    ]
+    return [pair(of, i, 800, 800 + gain + wobble[i % len(wobble)], loads[i % len(loads)], **sides) for i in range(n)]
 
 
 def drawn_pairs(of: Plan, n: int, gain: float, seed: int) -> list[Pair]:
