@@ -112,7 +112,7 @@ class SignFlips(msgspec.Struct, frozen=True):
         def end(limit: float, side: float) -> float:
             def surplus(theta: float) -> float:
                 total = _log_factors(side * (d - w * theta), self.sigma, BETTER_REACH).sum(axis=-1)
-                return float(np.logaddexp.reduce(total)) - np.log(BETS) - threshold
+                return float(np.logaddexp.reduce(total) - np.log(BETS) - threshold)
 
             if surplus(limit) < 0.0:
                 return limit

@@ -1,6 +1,7 @@
 """Plans and pairs made by hand or by a seed, for the tests of experiments."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,17 +36,17 @@ def pair(
     challenger_met: int = 900,
     load: float = 0.3,
     counted: int = 1000,
-    **sides: Callable[[str], object],
+    **sides: Any,
 ) -> Pair:
     """Pair i with the requests of each arm on the side where the coin put it.
 
     Args:
-        sides: further fields of `Side`, each from the side's arm.
+        sides: further fields of `Side`, each a function of the side's arm.
     """
 
     def side(arm: str) -> Side:
         met = challenger_met if arm == "B" else champion_met
-        return Side(counted=counted, met=met, **{name: of_arm(arm) for name, of_arm in sides.items()})  # type: ignore[arg-type]
+        return Side(counted=counted, met=met, **{name: of_arm(arm) for name, of_arm in sides.items()})
 
     first = "B" if of.design == "sticky" or coin(of, i) > 0 else "A"
     return Pair(i=i, first=side(first), second=side("A" if first == "B" else "B"), load=load, share=0.5)
@@ -54,7 +55,7 @@ def pair(
 LOADS = (0.3, 0.6, 0.8, 0.95)
 
 
-def pairs(of: Plan, n: int, gain: int, loads: Sequence[float] = LOADS, **sides: Callable[[str], object]) -> list[Pair]:
+def pairs(of: Plan, n: int, gain: int, loads: Sequence[float] = LOADS, **sides: Any) -> list[Pair]:
     """n pairs in which the challenger meets `gain` more of each 1,000 targets, a little more or less by turns."""
     wobble = (-20, 20, -10, 10, 0)
     return [pair(of, i, 800, 800 + gain + wobble[i % len(wobble)], loads[i % len(loads)], **sides) for i in range(n)]

@@ -17,7 +17,8 @@ from kairos.scheduler_core.slo import FloatArray
 
 def all_coins(n: int) -> FloatArray:
     """(2^n, n), each row another way that n coins can fall."""
-    return 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+    bits = (np.arange(2**n)[:, None] >> np.arange(n)) & 1
+    return np.where(bits, -1.0, 1.0)
 
 
 def bursty_pairs(n: int, seed: int) -> tuple[FloatArray, FloatArray]:

@@ -1,6 +1,7 @@
 """Every verdict word, reached by pairs made by hand; guards and checks by their numbers."""
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -145,8 +146,7 @@ def biased_coins() -> list[Pair]:
 
 def void_pairs() -> list[Pair]:
     return [
-        pair(plan(), i, decisions=lambda _: 100, wrong_arm=lambda _, i=i: 2 if i in (3, 9) else 0)  # type: ignore[misc]
-        for i in range(20)
+        pair(plan(), i, decisions=lambda _: 100, wrong_arm=lambda _, i=i: 2 if i in (3, 9) else 0) for i in range(20)
     ]
 
 
@@ -178,7 +178,7 @@ def test_what_is_not_valid_is_not_measurable_and_says_why(observed: list[Pair], 
 # --- designs ---------------------------------------------------------------------------------------------------------
 
 
-def sessions(n: int) -> dict[str, Callable[[str], object]]:
+def sessions(n: int) -> dict[str, Any]:
     """n sessions an arm, each of equally many of 1,000 requests."""
     return {"sessions": lambda _: n, "squares": lambda _: 1000**2 // n}
 
@@ -219,7 +219,7 @@ def test_the_difference_between_sticky_sessions_by_hand() -> None:
 
 def test_uneven_session_counts_are_found() -> None:
     of = plan("sticky")
-    uneven = {"sessions": lambda arm: 120 if arm == "B" else 80, "squares": lambda _: 10_000}
+    uneven: dict[str, Any] = {"sessions": lambda arm: 120 if arm == "B" else 80, "squares": lambda _: 10_000}
 
     assert "coins do not look fair" in judge(of, pairs(of, 10, gain=0, **uneven)).sentence
 
