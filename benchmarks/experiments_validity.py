@@ -3,8 +3,9 @@
     python benchmarks/experiments_validity.py
 
 Switchbacks of 120 pairs on synthetic blocks, judged after every pair by the same `judge` that the service calls.
-Offered load is log-AR(1), so bursts last for hours; the replay of the champion knows most of what the load does. Printed
-beside: what the planner promised, and a t-test at each look on the same pairs. Writes results/experiments_validity.json.
+Offered load is log-AR(1), so bursts last for hours; the replay of the champion knows most of what the load does.
+Printed beside: what the planner promised, and a t-test at each look on the same pairs. Writes
+results/experiments_validity.json.
 """
 
 import json
@@ -43,9 +44,9 @@ def main() -> None:
     """Measure all, write and print."""
     began_s = time.monotonic()
     rng = np.random.default_rng(SEED)
-    cells = [cell(rng, "equal", lambda load: 0.0 * load, cuped, runs=1000) for cuped in (True, False)]
+    cells = [cell(rng, "equal", constant(0), cuped, runs=1000) for cuped in (True, False)]
     cells += [
-        cell(rng, f"{points:+d} points", lambda load, points=points: 0.0 * load + points / 100, cuped, runs=100)
+        cell(rng, f"{points:+d} points", constant(points), cuped, runs=100)
         for points in (2, 5, 10, -5, -10)
         for cuped in (True, False)
     ]
@@ -72,6 +73,11 @@ def show(cells: list[dict[str, object]]) -> None:
             f"{row['effect']:44}"
             + "".join(f"{row[name] if row[name] is not None else '-':>{len(name) + 2}}" for name in columns)
         )
+
+
+def constant(points: int) -> Effect:
+    """The same gain at any load."""
+    return lambda load: np.full_like(load, points / 100)
 
 
 def busy_loses(load: FloatArray) -> FloatArray:
@@ -163,7 +169,7 @@ def adjusted(plan: Plan, pairs: list[Pair]) -> FloatArray:
 
 def sigma_from_history(rng: np.random.Generator, cuped: bool) -> float:
     """As a plan takes it: from the champion alone."""
-    history = observe(rng, PLAN, lambda load: 0.0 * load, HISTORY, cuped)
+    history = observe(rng, PLAN, constant(0), HISTORY, cuped)
     w = weights(PLAN, history)
     return sigma_of(differences(PLAN, history, w), covariate(PLAN, history, w))
 

@@ -7,6 +7,7 @@ arm B.
 import hashlib
 import hmac
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
@@ -17,7 +18,6 @@ from kairos.scheduler_core.errors import InputError
 from kairos.scheduler_core.slo import BoolArray, FloatArray
 
 Design = Literal["switchback", "pools", "sticky"]
-Arm = Literal["A", "B"]
 
 SHORTEST_BLOCK_S = 300.0
 LONGEST_BLOCK_S = 3600.0
@@ -143,7 +143,7 @@ def lengths_for(drain_s: float, ttft_target_s: float, latency_p999_s: float) -> 
 
 def coin(plan: Plan, pair: int) -> int:
     """+1: the first block (pool 1) of this pair runs the challenger; -1: the second. Depends on nothing else."""
-    return 1 if _uniform(plan, f"pair {pair}") < 0.5 else -1
+    return 1 if _uniform(plan.id, plan.seed, f"pair {pair}") < 0.5 else -1
 
 
 def coins(plan: Plan, pairs: Iterable[int]) -> str:
@@ -151,14 +151,9 @@ def coins(plan: Plan, pairs: Iterable[int]) -> str:
     return "".join("+" if coin(plan, pair) > 0 else "-" for pair in pairs)
 
 
-def session_arm(plan: Plan, session_id: str, share: float) -> Arm:
-    """The arm of a new session that begins while the challenger has this share; it keeps it for its life."""
-    return "B" if _uniform(plan, f"session {session_id}") < share else "A"
-
-
-def _uniform(plan: Plan, what: str) -> float:
+def _uniform(experiment_id: str, seed: int, what: str) -> float:
     """A fixed number in [0, 1) for each experiment, seed and name: the same after a restart and on every replica."""
-    digest = hashlib.sha256(f"{plan.id}/{plan.seed}/{what}".encode()).digest()
+    digest = hashlib.sha256(f"{experiment_id}/{seed}/{what}".encode()).digest()
     return int.from_bytes(digest[:7], "big") / 2.0**56
 
 
@@ -168,7 +163,7 @@ class Slot(msgspec.Struct, frozen=True):
     start_s: float
     end_s: float
     arms: str
-    """Of the fleet (`A`), or of pool 1 and pool 2 (`AB`); empty where each session has its own."""
+    """Of the fleet (`A`), or of pool 1 and pool 2 (`AB`); empty for `sticky`, where each session has its own."""
     share: float
     """The stage's."""
     pair: int | None
@@ -179,6 +174,7 @@ class Schedule(msgspec.Struct, frozen=True):
     """What runs when, pre-drawn: a data plane needs nothing else to know its arm."""
 
     experiment_id: str
+    seed: int
     champion: str
     challenger: str
     generation: int
@@ -186,10 +182,18 @@ class Schedule(msgspec.Struct, frozen=True):
 
     def strategy_at(self, now_s: float, pool: int = 0) -> str:
         """What runs in a pool (0 or 1; 0 for a whole fleet) at this time; outside all slots the champion."""
-        for slot in self.slots:
-            if slot.start_s <= now_s < slot.end_s and slot.arms:
-                return self.challenger if slot.arms[pool] == "B" else self.champion
-        return self.champion
+        slot = self._slot_at(now_s)
+        return self.challenger if slot and slot.arms[pool] == "B" else self.champion
+
+    def strategy_of(self, session_id: str, now_s: float) -> str:
+        """`sticky`: what serves a session that begins now, for its life; outside all slots the champion."""
+        slot = self._slot_at(now_s)
+        drawn = _uniform(self.experiment_id, self.seed, f"session {session_id}")
+        return self.challenger if slot and drawn < slot.share else self.champion
+
+    def _slot_at(self, now_s: float) -> Slot | None:
+        latest = bisect_right(self.slots, now_s, key=lambda slot: slot.start_s) - 1
+        return self.slots[latest] if latest >= 0 and now_s < self.slots[latest].end_s else None
 
 
 def draw_schedule(plan: Plan, generation: int, start_s: float, from_s: float) -> Schedule:
@@ -204,7 +208,7 @@ def draw_schedule(plan: Plan, generation: int, start_s: float, from_s: float) ->
             break
         if slot.end_s > from_s:
             slots.append(slot)
-    return Schedule(plan.id, plan.champion, plan.challenger, generation, tuple(slots))
+    return Schedule(plan.id, plan.seed, plan.champion, plan.challenger, generation, tuple(slots))
 
 
 def _slots(plan: Plan, now_s: float) -> Iterator[Slot]:
@@ -212,7 +216,7 @@ def _slots(plan: Plan, now_s: float) -> Iterator[Slot]:
     nobody = "AA" if plan.design == "pools" else "A"
     pair = 0
     for stage in plan.stages:
-        probe = plan.design != "sticky" and stage.share < SMALLEST_PAIRED_SHARE
+        probe = stage.share < SMALLEST_PAIRED_SHARE
         done = 0
         while stage.pairs is None or done < stage.pairs:
             began_s, challenger_s = now_s, 0.0
@@ -239,6 +243,9 @@ def _pair(plan: Plan, pair: int) -> list[tuple[float, str]]:
 
 
 def _probe(plan: Plan) -> list[tuple[float, str]]:
+    """The same for a stage too small to be judged: only absolute guards look at it."""
+    if plan.design == "sticky":
+        return [(plan.lengths.block_s, "")]
     return [(PROBE_S, "B" if plan.design == "switchback" else "AB")]
 
 

@@ -49,6 +49,7 @@ def keys_suffice(plan: Plan, pairs: Sequence[Pair]) -> bool:
 
 
 def validity_of(plan: Plan, pairs: Sequence[Pair], valid: Sequence[Pair]) -> Validity:
+    """Every check; `valid` are the pairs that are not void."""
     sides = [side for pair in valid for side in (pair.first, pair.second)]
     counted = sum(side.counted for side in sides)
     contamination = sum(side.contaminated for side in sides) / counted if counted else 0.0

@@ -1,5 +1,6 @@
 """Who runs what when, and which requests count."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -12,6 +13,7 @@ from kairos.scheduler_core.service.experiments.design import (
     Design,
     Lengths,
     Slot,
+    Stage,
     closed_pairs,
     coin,
     coins,
@@ -20,7 +22,6 @@ from kairos.scheduler_core.service.experiments.design import (
     draw_schedule,
     lengths_for,
     read_schedule,
-    session_arm,
     sign,
 )
 
@@ -156,19 +157,26 @@ def test_only_pairs_whose_last_request_is_known_are_closed() -> None:
     assert [slots[0].pair for slots in closed_pairs(plan(), 0.0, 1900.0)] == [0, 1, 2]
 
 
-def test_a_session_keeps_its_arm_and_arms_have_their_share() -> None:
-    of = plan("sticky")
-    arms = [session_arm(of, f"session-{k}", 0.25) for k in range(4000)]
+def sessions_of_b(share: float, now_s: float = 10.0) -> set[int]:
+    schedule = draw_schedule(plan("sticky", stages=(Stage(share, None),)), 3, 0.0, 0.0)
+    return {k for k in range(4000) if schedule.strategy_of(f"session-{k}", now_s) == "s2@1"}
 
-    assert arms == [session_arm(of, f"session-{k}", 0.25) for k in range(4000)]
-    assert arms.count("B") / 4000 == pytest.approx(0.25, abs=0.03)
+
+def test_sessions_have_the_same_arm_on_every_replica_and_arms_have_their_share() -> None:
+    assert sessions_of_b(0.25) == sessions_of_b(0.25, now_s=9000.0)
+    assert len(sessions_of_b(0.25)) / 4000 == pytest.approx(0.25, abs=0.03)
+    assert sessions_of_b(0.25, now_s=-1.0) == set()
 
 
 def test_a_larger_share_only_adds_sessions_to_the_challenger() -> None:
-    of = plan("sticky")
-    small = {k for k in range(2000) if session_arm(of, str(k), 0.05) == "B"}
+    assert sessions_of_b(0.05) < sessions_of_b(0.5)
 
-    assert small < {k for k in range(2000) if session_arm(of, str(k), 0.5) == "B"}
+
+def test_the_first_percent_of_sessions_is_not_judged() -> None:
+    slots = draw_schedule(plan("sticky", stages=RAMP_UP, max_hours=60.0), 3, 0.0, 0.0).slots
+
+    assert {slot.pair for slot in slots if slot.share == 0.01} == {None}
+    assert [slot.pair for slot in slots if slot.share == 0.05] == [0, 1]
 
 
 def test_a_signed_schedule_is_read_back_as_it_was() -> None:
@@ -188,7 +196,7 @@ def test_a_signed_schedule_is_read_back_as_it_was() -> None:
         lambda signed: "é".encode() + signed,
     ],
 )
-def test_a_tampered_schedule_is_refused(tampered) -> None:  # type: ignore[no-untyped-def]
+def test_a_tampered_schedule_is_refused(tampered: Callable[[bytes], bytes]) -> None:
     signed = sign(draw_schedule(plan(), 3, 0.0, 0.0), b"key")
 
     with pytest.raises(InputError, match="does not carry our signature"):
