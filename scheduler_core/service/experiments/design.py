@@ -33,7 +33,7 @@ class Lengths(msgspec.Struct, frozen=True):
 
     block_s: float
     burn_s: float
-    """Arrivals at the start that do not count: the other arm's work is still there."""
+    """Arrivals at the start that do not count: the other arm's work is still there. One drain, a fifth of a block."""
     tail_s: float
     """Arrivals at the end that do not count: they may be served by the next block's arm."""
     settle_s: float
@@ -132,13 +132,12 @@ def lengths_for(drain_s: float, ttft_target_s: float, latency_p999_s: float) -> 
             f"not measurable by switchback: the queue drains in {drain_s:.0f} s, which needs blocks of {block_s:.0f} s,"
             f" more than {LONGEST_BLOCK_S:.0f}; use pools, or compare offline"
         )
-    burn_s = min(drain_s, block_s / 4)
-    if burn_s + ttft_target_s > block_s / 2:
+    if drain_s + ttft_target_s > block_s / 2:
         raise InputError(
             f"a TTFT target of {ttft_target_s:.0f} s leaves less than half of a block of {block_s:.0f} s to count;"
             " use sticky, or leave that class out"
         )
-    return Lengths(block_s, burn_s, ttft_target_s, ttft_target_s + latency_p999_s, drain_s)
+    return Lengths(block_s, drain_s, ttft_target_s, ttft_target_s + latency_p999_s, drain_s)
 
 
 def coin(plan: Plan, pair: int) -> int:

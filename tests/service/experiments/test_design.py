@@ -32,9 +32,8 @@ DESIGNS: tuple[Design, ...] = ("switchback", "pools", "sticky")
 def test_a_block_is_five_drains_rounded_up_to_a_minute_and_at_least_300_s() -> None:
     assert lengths_for(41.0, 8.0, 30.0) == Lengths(300.0, 41.0, 8.0, 38.0, 41.0)
     assert lengths_for(197.0, 8.0, 30.0) == Lengths(1020.0, 197.0, 8.0, 38.0, 197.0)
-    # 5 * 60.1 = 300.5, and a burn-in is never more than a quarter of the block
+    # 5 * 60.1 = 300.5
     assert lengths_for(60.1, 8.0, 30.0).block_s == 360.0
-    assert lengths_for(76.0, 8.0, 30.0).burn_s == 76.0
 
 
 def test_a_queue_that_does_not_drain_within_an_hours_block_is_not_measurable_by_switchback() -> None:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.special import lambertw
 
 from kairos.scheduler_core.service.experiments.evidence import (
     BETTER_REACH,
@@ -74,6 +75,28 @@ def test_without_a_covariate_nothing_is_adjusted() -> None:
     d = np.array([0.1, -0.2, 0.05])
 
     assert adjust(d, np.zeros(3)) == pytest.approx(d, abs=0.0)
+
+
+@pytest.mark.parametrize(("evidence_of", "reach"), [("log_e_better", 1.0), ("log_e_harm", -3.0)])
+def test_evidence_of_one_pair_by_hand(evidence_of: str, reach: float) -> None:
+    # one difference of one sigma: each bet l gives exp(l)/cosh(l) = 2 / (1 + exp(-2 l))
+    bets = 0.1 * (abs(reach) / 0.1) ** (np.arange(8) / 7)
+
+    found = getattr(SignFlips(0.07), evidence_of)(np.array([0.07 * np.sign(reach)]))
+    assert found == pytest.approx([np.log(np.mean(2 / (1 + np.exp(-2 * bets))))])
+
+
+@pytest.mark.parametrize("size", [0.3, 0.05, -0.2])
+def test_the_gaussian_mixture_is_the_integral_over_all_bets(size: float) -> None:
+    # bets are half-normal with variance 1/eta: the mean of exp(l S - l^2 V / 2)
+    d, sigma, alpha = np.full(12, size), 0.2, 0.02
+    total, variance = d.sum(), (d * d).sum()
+    eta = 40 * sigma**2 / (-lambertw(-(alpha**2) / np.e, -1).real - 1)
+    bets = (np.arange(2_000_000) + 0.5) * 1e-5 / np.sqrt(eta)
+    density = 2 * np.exp(-(bets**2) * eta / 2) * np.sqrt(eta / (2 * np.pi))
+    integral = (density * np.exp(bets * total - bets**2 * variance / 2)).sum() * 1e-5 / np.sqrt(eta)
+
+    assert GaussianMixture(sigma, alpha).log_e_better(d)[-1] == pytest.approx(np.log(integral), abs=1e-6)
 
 
 def test_huge_differences_do_not_overflow() -> None:

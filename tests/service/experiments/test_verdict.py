@@ -106,6 +106,15 @@ def test_harm_stops_the_experiment() -> None:
     assert "B does harm, -10.0 points (-" in found.sentence
 
 
+def test_harm_needs_8_pairs() -> None:
+    # 7 pairs can reach 7 ln 2 = 4.9, more than the 3.9 that harm needs
+    of = plan(sigma=0.01)
+    found = [judge(of, pairs(of, n, gain=-100)) for n in (7, 8)]
+
+    assert found[0].evidence.log_e_harm > found[0].evidence.harm_needs
+    assert [f.verdict for f in found] == ["running", "worse"]
+
+
 def test_an_absolute_guard_stops_at_once_and_names_both_numbers() -> None:
     found = judge(plan(), [], Ending("guard", Breach("error rate", 0.08, 0.02)))
 
@@ -119,6 +128,20 @@ def test_a_tight_interval_around_0_is_no_difference() -> None:
 
     assert (found.verdict, found.stops) == ("no-difference", True)
     assert found.sentence == "Any difference is smaller than 1 point."
+
+
+def test_an_interval_that_passes_the_margin_on_one_side_only_is_no_verdict() -> None:
+    of = plan(sigma=0.03)
+    found = judge(of, pairs(of, 40, gain=-6))
+
+    assert found.difference_pp.low < -1.0 < found.difference_pp.high < 1.0
+    assert found.verdict == "running"
+
+
+def test_statistical_guards_share_their_part_of_the_error_budget() -> None:
+    of = plan(guards={"late long prompts": 0.05, "error rate": 0.01})
+
+    assert [guard.needs for guard in judge(of, []).guards] == pytest.approx([np.log(200.0)] * 2)
 
 
 def test_the_end_of_time_leaves_undecided_with_the_size_it_excludes() -> None:
