@@ -387,6 +387,22 @@ def test_carry_over_between_blocks_is_found() -> None:
     assert p < 0.01
 
 
+def test_a_replay_shows_carry_over_more_clearly() -> None:
+    rng = np.random.default_rng(5)
+    blurred, replayed = [], []
+    for observed in carried_over(40):
+        burst = int(rng.integers(-200, 100))
+        first = msgspec.structs.replace(observed.first, met=observed.first.met + burst)
+        blurred.append(msgspec.structs.replace(observed, first=first))
+        known = msgspec.structs.replace(first, replayed=0.85 + burst / 1000)
+        replayed.append(msgspec.structs.replace(observed, first=known))
+    hidden, shown = (judge(plan(), made).validity.carry_over_p for made in (blurred, replayed))
+
+    assert shown is not None
+    assert hidden is not None
+    assert shown < 0.01 < hidden
+
+
 def test_where_the_champion_always_goes_before_carry_over_cannot_be_told_from_the_arm() -> None:
     assert judge(plan(stages=(Stage(0.25, None),)), carried_over(60, share=0.25)).validity.carry_over_p is None
 
