@@ -38,7 +38,7 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         if store and writer:
-            await to_thread.run_sync(writer.close)
+            await to_thread.run_sync(writer.drain)
             store.close()
 
     app = FastAPI(

@@ -5,8 +5,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 
@@ -99,17 +100,20 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(tmp_path: Path) -> None
 
     assert count(store) == 0
     assert writer.put(steps("small")).result() == Stored(1, duplicate=False)
-    writer.close()
+    writer.drain()
 
 
-def test_a_writer_stores_what_waits_before_it_ends_and_takes_nothing_more(store: Store) -> None:
+def test_a_writer_that_is_drained_has_stored_what_waited_and_begins_anew_when_asked(store: Store) -> None:
     writer = Writer(store, 10**6)
     futures = [writer.put(steps(f"b-{n}")) for n in range(20)]
-    writer.close()
+    writer.drain()
+    done = [future.done() for future in futures]
 
-    assert [future.result().rows for future in futures] == [1] * 20
-    with pytest.raises(StoreError, match="the service is stopping"):
-        writer.put(steps("late"))
+    assert done == [True] * 20
+    assert writer.put(steps("later")).result() == Stored(1, duplicate=False)
+    writer.drain()
+    writer.drain()
+    assert count(store) == 21
 
 
 def test_a_batch_whose_sender_left_before_its_turn_harms_no_other(store: Store) -> None:
@@ -117,7 +121,7 @@ def test_a_batch_whose_sender_left_before_its_turn_harms_no_other(store: Store) 
     with store.write():  # the writer waits at SQLite; at PostgreSQL it may be faster than we are
         futures = [writer.put(steps(f"b-{n}")) for n in range(3)]
         cancelled = futures[2].cancel()
-    writer.close()
+    writer.drain()
 
     assert [future.result().rows for future in futures[:2]] == [1, 1]
     assert count(store) == (2 if cancelled else 3)
@@ -130,10 +134,12 @@ class Slow(Store):
         super().__init__(url)
         self.go_on, self.busy = Event(), Event()
 
-    def write(self) -> AbstractContextManager[Connection]:
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
         self.busy.set()
         self.go_on.wait(20)
-        return super().write()
+        with super().write() as connection:
+            yield connection
 
 
 def test_a_full_queue_is_answered_429_with_when_to_come_back_and_loses_nothing(store: Store, url: str) -> None:
@@ -148,7 +154,7 @@ def test_a_full_queue_is_answered_429_with_when_to_come_back_and_loses_nothing(s
 
     assert [future.result().rows for future in futures] == [60, 40]
     assert writer.put(steps("third")).result().rows == 1
-    writer.close()
+    writer.drain()
     assert count(store) == 101
 
 
@@ -361,9 +367,8 @@ def used_bytes(store: Store) -> int:
     """What the database takes on disk, its log left out."""
     with store.read() as connection:
         if store.embedded:
-            return connection.execute(
-                text("SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()")
-            ).scalar_one()
+            pages = text("SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()")
+            return int(connection.execute(pages).scalar_one())
         sizes = text("SELECT sum(pg_total_relation_size(name)) FROM unnest(ARRAY['steps', 'requests']) AS name")
         return int(connection.execute(sizes).scalar_one())
 
