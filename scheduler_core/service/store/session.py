@@ -13,11 +13,14 @@ from typing import Any
 
 from sqlalchemy import URL, Connection, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from kairos.scheduler_core.errors import ConfigError, StoreError
 
 BUSY_TIMEOUT_S = 30
-"""How long SQLite waits for another writer, and PostgreSQL for a connection, before it gives up."""
+"""How long a transaction waits for another writer (SQLite) or for a free connection before it gives up."""
+CONNECT_TIMEOUT_S = 5
+"""How long PostgreSQL may take to answer at all."""
 
 
 class Store:
@@ -31,13 +34,15 @@ class Store:
         """
         address = _address(url)
         self.embedded = address.get_backend_name() == "sqlite"
+        common: dict[str, Any] = {"pool_timeout": BUSY_TIMEOUT_S, "hide_parameters": True}  # no id in a log
         if self.embedded:
-            self.engine = create_engine(address, connect_args={"timeout": BUSY_TIMEOUT_S, "check_same_thread": False})
+            waits = {"timeout": BUSY_TIMEOUT_S, "check_same_thread": False}
+            self.engine = create_engine(address, connect_args=waits, **common)
             event.listen(self.engine, "connect", _prepare_sqlite)
             event.listen(self.engine, "begin", _begin_sqlite)
         else:
-            wait = {"connect_timeout": BUSY_TIMEOUT_S}
-            self.engine = create_engine(address, pool_pre_ping=True, pool_timeout=BUSY_TIMEOUT_S, connect_args=wait)
+            waits = {"connect_timeout": CONNECT_TIMEOUT_S}
+            self.engine = create_engine(address, connect_args=waits, pool_pre_ping=True, **common)
         self._writing = self.engine.execution_options(writes=True)
         self._driver_error: type[Exception] = self.engine.dialect.loaded_dbapi.Error
         self.name = address.render_as_string(hide_password=True)
@@ -89,7 +94,7 @@ class Store:
             yield
         except (IntegrityError, DataError):
             raise
-        except (DBAPIError, self._driver_error) as error:
+        except (DBAPIError, PoolTimeout, self._driver_error) as error:
             reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
             raise StoreError(f"the database {self.name} cannot be used: {reason}; nothing was written") from error
 
