@@ -5,9 +5,9 @@ demo: venv
 	@.venv/bin/kairos demo --out demo-out
 
 test:
-	.ci/run
+	@.ci/run
 
 venv: .venv/installed
 
 .venv/installed: pyproject.toml constraints.txt
-	.ci/venv
+	@.ci/venv

@@ -1,4 +1,4 @@
-"""Reads telemetry files: CSV, CSV.gz and Parquet with the columns of interfaces.md section 3.
+"""Reads telemetry files: CSV, CSV.gz and Parquet with the columns of docs/files.md.
 
 A file's columns say what it holds. Rows that cannot serve are left out, counted and named, never silently.
 """

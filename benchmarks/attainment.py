@@ -12,14 +12,13 @@ which takes minutes in overload.
 import argparse
 import json
 import os
-import platform
-import subprocess
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import joblib
 import numpy as np
+from record import meta
 
 FLEETS = {
     "mooncake_conversation": "b300",
@@ -150,15 +149,13 @@ def main() -> None:
     found = summary(cells)
     for name, goal in GOALS.items():
         print(f"{name}: {found[name]:.3g} (goal {goal:g})")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    meta = {
-        "commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "command": f"python benchmarks/attainment.py --instances {arguments.instances}",
-        "policies": policies,
-        "seeds": [0],
+    results = {
+        "meta": meta(f"python benchmarks/attainment.py --instances {arguments.instances}", [0])
+        | {"policies": policies},
+        "goals": GOALS,
+        "summary": found,
+        "cells": cells,
     }
-    results = {"meta": meta, "goals": GOALS, "summary": found, "cells": cells}
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -11,14 +11,13 @@ seed. Writes results/decode.json and prints a table.
 import argparse
 import json
 import os
-import platform
-import subprocess
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import joblib
 import numpy as np
+from record import meta
 
 TRACES = ("mooncake_conversation", "azure2023_code", "azure2023_conv", "servegen_r1_resampled")
 FLEETS = ("b300", "h100")
@@ -83,14 +82,20 @@ def main() -> None:
             f"(goal {GOALS['over continuous'][load]:+.0f}), over slack(h=0.9) {gain['slack(h=0.9)']:+.1f} "  # type: ignore[index]
             f"(goal {GOALS['over slack(h=0.9)'][kind]:+.0f})"  # type: ignore[index]
         )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    meta = {
-        "commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "command": f"python benchmarks/decode.py --duration {arguments.duration:g} --max-batch {arguments.max_batch}",
-        "seeds": [0],
-    }
-    arguments.out.write_text(json.dumps({"meta": meta, "cells": cells, "means": means}, indent=1) + "\n")
+    arguments.out.write_text(
+        json.dumps(
+            {
+                "meta": meta(
+                    f"python benchmarks/decode.py --duration {arguments.duration:g} --max-batch {arguments.max_batch}",
+                    [0],
+                ),
+                "cells": cells,
+                "means": means,
+            },
+            indent=1,
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

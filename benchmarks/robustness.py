@@ -8,14 +8,13 @@ seeds. Writes results/robustness.json.
 
 import json
 import os
-import platform
-import subprocess
 from itertools import product
 from pathlib import Path
 
 import joblib
 import numpy as np
 from attainment import FLEETS, OURS, scenario_of
+from record import meta
 
 LOADS = (0.9, 1.2)
 ERRORS = {0.1: 0.5, 0.3: 3.3, 0.6: 10.0}
@@ -57,15 +56,8 @@ def main() -> None:
         goal = f" (goal at most {ERRORS[error]} in the mean)" if error else ""
         what = f"predictor error {error}" if error else f"deferred share {share}"
         print(f"{what}: costs {row['cost_pp']:.2f} points in the mean, {row['worst_pp']:.2f} at worst{goal}")
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    meta = {
-        "commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "command": "python benchmarks/robustness.py",
-        "seeds": list(SEEDS),
-    }
     path = Path(__file__).parent / "results" / "robustness.json"
-    path.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+    path.write_text(json.dumps({"meta": meta("python benchmarks/robustness.py", SEEDS), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ decode steps included (a synthetic hour like it without KAIROS_DATA). Writes res
 import heapq
 import json
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from record import meta
 
 from kairos.adapters.simulator.fleets import load_fleet
 from kairos.adapters.simulator.run import Knobs, simulate
@@ -121,13 +120,7 @@ def simulated_hour() -> dict[str, object]:
 
 def main() -> None:
     """Measure, print, write."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    meta = {
-        "commit": commit,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "command": "python benchmarks/speed.py",
-    }
-    results = {"meta": meta, "decisions": decisions(), "simulator": simulated_hour()}
+    results = {"meta": meta("python benchmarks/speed.py"), "decisions": decisions(), "simulator": simulated_hour()}
     path = Path(__file__).parent / "results" / "speed.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
 

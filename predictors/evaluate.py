@@ -17,7 +17,7 @@ from kairos.scheduler_core.telemetry import Steps
 FOLDS = 5
 
 Row = dict[str, Any]
-"""One row of `kairos evaluate --json` (interfaces.md section 3)."""
+"""One row of `kairos evaluate --json` (docs/files.md)."""
 
 
 def scores(actual_s: FloatArray, predicted_s: FloatArray) -> dict[str, float]:
@@ -38,7 +38,7 @@ def scores(actual_s: FloatArray, predicted_s: FloatArray) -> dict[str, float]:
 
 
 def pinball(actual_s: FloatArray, predicted: Prediction) -> float:
-    """Mean pinball loss at the three quantiles of log time (experiments.md section 6)."""
+    """Mean pinball loss at the three quantiles of log time (docs/evidence.md)."""
     losses = []
     for level, quantile_s in zip((LOWER, 0.5, UPPER), predicted, strict=True):
         above = np.log(actual_s / quantile_s)

@@ -117,7 +117,7 @@ class StepTimesSettings(Section):
 
     linear: LinearSettings | None = None
     model: str | None = None
-    """Registry id or path of a trained model."""
+    """Path of a trained model, from the folder of the file or the current one."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> "StepTimesSettings":
@@ -206,7 +206,7 @@ class KvTransfer(Section):
 
 
 class Handover(Section):
-    """How a request goes from prefill to decode (interfaces.md 4.3)."""
+    """How a request goes from prefill to decode (docs/simulator.md, rule 3)."""
 
     first_token: Literal["prefill", "decode"] = "prefill"
     place_decode: Literal["at_ready", "at_first_token", "at_dispatch"] = "at_ready"
@@ -427,7 +427,7 @@ def load_settings(path: Path | None, environ: Mapping[str, str] = os.environ) ->
     Raises:
         ConfigError: one line with every problem, each with the path of its setting.
     """
-    document = {} if path is None else _read_yaml(path)
+    document = {} if path is None else _beside(path, _read_yaml(path))
     where = "environment" if path is None else str(path)
     document["strategies"] = _with_shipped(document.get("strategies"))
     origins = _apply_environment(document, environ)
@@ -435,6 +435,16 @@ def load_settings(path: Path | None, environ: Mapping[str, str] = os.environ) ->
         return Settings.model_validate(document)
     except ValidationError as error:
         raise ConfigError(f"{where}: " + "; ".join(_explain(problem, origins) for problem in error.errors())) from None
+
+
+def _beside(path: Path, document: dict[str, Any]) -> dict[str, Any]:
+    """The document with model files that lie beside it found from any folder."""
+    profiles = document.get("profiles")
+    for profile in profiles.values() if isinstance(profiles, dict) else ():
+        times = profile.get("step_times") if isinstance(profile, dict) else None
+        if isinstance(times, dict) and isinstance(times.get("model"), str) and (path.parent / times["model"]).is_file():
+            times["model"] = str(path.parent / times["model"])
+    return document
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -5,7 +5,7 @@ I/O. A `PrefillLane` is one prefill instance as the Decider sees it: its own que
 under `late`, what it runs, and its share guard.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from itertools import islice
 
 import msgspec
@@ -115,6 +115,8 @@ class Decider:
         if not lane.waits():
             return None
         chosen, reason = self._has_the_floor(lane) or self._ask(lane, now_s, peers, wanted=1)
+        if not chosen:
+            return None  # all that waits is left to peers that have its prefix
         if reason is Reason.SHARE_GUARD and lane.guard.pinned != chosen[0].request_id:
             lane.guard.give_floor(chosen[0])
         decision = _fill_step(chosen, lane.instance, reason)
@@ -151,6 +153,8 @@ class Decider:
         view = _view(lane, now_s, peers, wanted)
         lost = view.lost if rule.lost_last else ()
         together = 1
+        if not view.waiting:
+            return list(islice(lost, wanted)), Reason.LOST_LAST
         try:
             started_s = self.validity.start()
             if rule.packs:
@@ -159,11 +163,9 @@ class Decider:
                 if lane.instance.control.capabilities.pack:
                     together = min(plan.together, lane.instance.max_requests_per_step)
                 needed = min(max(wanted, together), len(view.waiting))
-            elif view.waiting:
+            else:
                 order = rule.policy.order(view)
                 needed = min(wanted, len(view.waiting))
-            else:
-                return list(islice(lost, wanted)), Reason.LOST_LAST
             self.validity.check_budget(started_s)
             if not together >= 1:  # NaN too
                 raise ValueError(f"packs {together} requests into a step")
@@ -297,14 +299,30 @@ def _view(lane: PrefillLane, now_s: float, peers: Sequence[Peer], wanted: int) -
     if shared is None or not len(shared):
         waiting = own.live if only_live else own.by_arrival
         return PrefillView(now_s, lane.instance, waiting, own.by_deadline, own.lost, wanted, peers)
-    waiting = (
-        merged(shared.live, own.live, arrival_key)
-        if only_live
-        else merged(shared.by_arrival, own.by_arrival, arrival_key)
+    left = _left_to_peers(shared, now_s, peers)
+    free, by_deadline, lost = (
+        [w for w in queue if w.request_id not in left] if left else queue
+        for queue in (shared.live if only_live else shared.by_arrival, shared.by_deadline, shared.lost)
     )
-    by_deadline = merged(shared.by_deadline, own.by_deadline, deadline_key)
-    lost = merged(shared.lost, own.lost, arrival_key)
-    return PrefillView(now_s, lane.instance, waiting, by_deadline, lost, wanted, peers)
+    return PrefillView(
+        now_s,
+        lane.instance,
+        merged(free, own.live if only_live else own.by_arrival, arrival_key),
+        merged(by_deadline, own.by_deadline, deadline_key),
+        merged(lost, own.lost, arrival_key),
+        wanted,
+        peers,
+    )
+
+
+def _left_to_peers(shared: WaitingQueue, now_s: float, peers: Sequence[Peer]) -> Set[RequestId]:
+    """Requests that a peer with a larger prefix hit would have to wait for no longer than that hit saves."""
+    left: set[RequestId] = set()
+    for peer in peers:
+        if peer.saved_s is not None:
+            wait_s = max(peer.free_at_s - now_s, 0.0)
+            left.update(w.request_id for w in shared.by_arrival if (s := peer.saved_s(w)) > 0.0 and s >= wait_s)
+    return left
 
 
 def _fill_step(chosen: list[Waiting], instance: PrefillInstance, reason: Reason) -> PrefillDecision:

@@ -81,7 +81,7 @@ class StepTimes(Protocol):
 
 
 class LinearStepTimes(msgspec.Struct, frozen=True):
-    """Step times that are linear in the physical terms (interfaces.md section 4, rules 1 and 2).
+    """Step times that are linear in the physical terms (docs/simulator.md, rules 1 and 2).
 
     >>> t = LinearStepTimes(prefill=Line(0.01, 1e-5, 0.0), decode=Line(0.005, 1e-4, 1e-8))
     >>> round(t.remaining_prefill_s(new_tokens=3000, context_tokens=0, chunk_tokens=2000), 6)
@@ -127,7 +127,7 @@ class LinearStepTimes(msgspec.Struct, frozen=True):
 
 
 def saturation_knee_tokens(line: Line) -> int:
-    """The smallest prefill step whose fixed cost is at most a tenth of it (algorithms.md 1, `on-time` point 4).
+    """The smallest prefill step whose fixed cost is at most a tenth of it (docs/policies.md, `on-time` point 4).
 
     >>> saturation_knee_tokens(Line(8.2e-3, 1.48e-5, 3.9e-10))
     4696
@@ -141,7 +141,7 @@ def saturation_knee_tokens(line: Line) -> int:
 
 
 class Control(StrEnum):
-    """Where Kairos sits, and so which of its decisions take effect (interfaces.md section 2)."""
+    """Where Kairos sits, and so which of its decisions take effect (docs/simulator.md, last section)."""
 
     ENGINE = "engine"
     GATEWAY = "gateway"

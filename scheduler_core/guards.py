@@ -15,7 +15,7 @@ _LOG_EVERY_S = 60.0
 
 
 class ShareGuard:
-    """Lost and deferred requests own a share of an instance's prefill time (algorithms.md section 1, Guards).
+    """Lost and deferred requests own a share of an instance's prefill time (docs/policies.md, Guards).
 
     A bucket in predicted prefill seconds: it fills at share x busy time while such a request waits, holds at most the
     work of the oldest of them, and when it covers that one, it runs next, to its end.

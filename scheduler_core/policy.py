@@ -30,6 +30,8 @@ class Peer(msgspec.Struct, frozen=True, gc=False):
     """Prompts it has begun and must finish itself, as it sees them."""
     prefill_s: Callable[[Waiting], float] | None = None
     """Predicted remaining seconds of a request on it; None: the same as on the asking instance."""
+    saved_s: Callable[[Waiting], float] | None = None
+    """Seconds of a request that its larger prefix hit saves over the asking instance; None: it caches no prefixes."""
 
 
 class PrefillView(msgspec.Struct, frozen=True, gc=False):

@@ -12,7 +12,7 @@ from kairos.scheduler_core.errors import ConfigError
 from kairos.scheduler_core.plugins import PolicyKind, build_policy, policy_class
 
 ORDERING_OPTIONS = ("lost_last", "preempt")
-"""Options of the prefill slot that are applied around every ordering rule (algorithms.md section 1)."""
+"""Options of the prefill slot that are applied around every ordering rule (docs/policies.md)."""
 
 Scalar = bool | int | float | str
 

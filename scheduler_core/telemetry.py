@@ -1,6 +1,6 @@
 """What an engine reports: one record a step, one a request, and many steps of one profile as arrays.
 
-`StepRow` and `RequestRow` are the wire form (interfaces.md section 3): the fields of telemetry files, milliseconds
+`StepRow` and `RequestRow` are the wire form (docs/files.md): the fields of telemetry files, milliseconds
 where those have them. The rest is in the glossary's names, seconds and tokens.
 """
 

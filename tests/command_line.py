@@ -1,9 +1,12 @@
-"""The program `kairos` in this process: what it printed where, and how it ended."""
+"""The program `kairos`: what it printed where, and how it ended."""
 
 import io
+import os
+import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 
 from kairos.adapters.cli import main
 
@@ -30,3 +33,11 @@ def kairos(*arguments: object) -> Ended:
     finally:
         sys.argv = before
     return Ended(code if isinstance(code, int) else 0, out.getvalue(), err.getvalue())
+
+
+def kairos_apart(*arguments: object, cwd: Path, **environment: str) -> str:
+    """What `kairos ARGUMENTS` prints on stdout in a process of its own, in a folder; it must succeed."""
+    program = [sys.executable, "-c", "from kairos.adapters.cli import main; main()", *map(str, arguments)]
+    ended = subprocess.run(program, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+    assert ended.returncode == 0, f"{arguments}: {ended.stderr}"
+    return ended.stdout

@@ -1,7 +1,6 @@
 """The `kairos` program: the one place that wires all parts together. One module a group of commands."""
 
 import sys
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, cast
 
 from kairos.scheduler_core.errors import InputError, KairosError
@@ -12,33 +11,37 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run the program. Bad input ends with exit code 2 and one line; what fails inside Kairos with 1."""
-    if find_spec("typer") is None:
-        _say("commands need the extra 'simulate': pip install 'kairos-scheduler[simulate]'")
-        raise SystemExit(1)
+    try:
+        code = _run()
+    except InputError as problem:
+        code = _say(problem, 2)
+    except KairosError as problem:
+        code = _say(problem, 1)
+    except OSError as problem:
+        if problem.filename is None:
+            raise
+        code = _say(f"{problem.filename}: {problem.strerror}; check the path and who may write there", 2)
+    except ModuleNotFoundError as problem:
+        if problem.name is None or problem.name.startswith("kairos"):
+            raise
+        code = _say(f"this needs the package {problem.name}: pip install 'kairos-scheduler[all]'", 1)
+    raise SystemExit(code)
+
+
+def _run() -> int:
     import typer
     from typer.main import get_command
 
     wrong_command_line = cast(type[typer.BadParameter], typer.BadParameter.__base__)
     try:
-        raise SystemExit(get_command(commands())(standalone_mode=False))
+        return get_command(commands())(standalone_mode=False) or 0
     except wrong_command_line as problem:
         told = problem.format_message()
-        if told:  # without, help was asked for by giving no arguments, and is printed
-            _say(f"{told.rstrip('.')}; see {problem.ctx.command_path if problem.ctx else 'kairos'} --help")
-        raise SystemExit(2) from None
+        if not told:  # nothing was asked for, and the help is printed
+            return 2
+        return _say(f"{told.rstrip('.')}; see {problem.ctx.command_path if problem.ctx else 'kairos'} --help", 2)
     except typer.Abort:
-        raise SystemExit(130) from None
-    except InputError as problem:
-        _say(problem)
-        raise SystemExit(2) from None
-    except KairosError as problem:
-        _say(problem)
-        raise SystemExit(1) from None
-    except OSError as problem:
-        if problem.filename is None:
-            raise
-        _say(f"{problem.filename}: {problem.strerror}; check the path and who may write there")
-        raise SystemExit(2) from None
+        return 130
 
 
 def commands() -> "typer.Typer":
@@ -70,5 +73,7 @@ def commands() -> "typer.Typer":
     return app
 
 
-def _say(problem: Exception | str) -> None:
+def _say(problem: Exception | str, code: int) -> int:
+    """One line on stderr; returns the exit code."""
     print(f"kairos: {' '.join(str(problem).split())}", file=sys.stderr)
+    return code

@@ -96,7 +96,7 @@ def demo(
 
     scenarios, replayed = _scenarios(data.trace, str(configuration))
     say(f"\n3. Compare on {data.trace}{mark}: {replayed}; {SEEDS} seeds, noise {NOISE:g}\n")
-    results = _compare(scenarios, out)
+    results = _compare(scenarios, out, f"kairos demo --out {out}{mark}")
     if not as_json:
         _print_comparison(results)
 
@@ -209,7 +209,7 @@ def _limit_s(trace: "Trace") -> float | None:
     return float(trace.arrival_s[order[count]] - trace.arrival_s[order[0]])
 
 
-def _compare(scenarios: list["Scenario"], out: Path) -> dict[str, Any]:
+def _compare(scenarios: list["Scenario"], out: Path, command: str) -> dict[str, Any]:
     from kairos.adapters.report import write_report
     from kairos.adapters.simulator.compare import Plan, compare
     from kairos.adapters.simulator.run import Knobs
@@ -218,7 +218,7 @@ def _compare(scenarios: list["Scenario"], out: Path) -> dict[str, Any]:
     began_s = time.monotonic()
     typer.echo(f"{plan.runs} runs, one to two minutes ...", err=True)
     with progress(f"{plan.runs} runs", plan.runs) as advance:
-        results = compare(plan, out, "kairos demo", -1, advance)
+        results = compare(plan, out, command, -1, advance)
     typer.echo(f"{plan.runs} runs in {time.monotonic() - began_s:.0f} s", err=True)
     write_report(results, out / "report.html")
     return results

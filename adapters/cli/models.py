@@ -4,17 +4,17 @@ import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 import typer
 
+from kairos.adapters.cli.terminal import percent, tracked
 from kairos.scheduler_core.errors import InputError
 from kairos.scheduler_core.telemetry import StepKind
 
 Telemetry = Annotated[list[Path], typer.Argument(help="CSV, CSV.gz or Parquet files, or folders of them.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
-T = TypeVar("T")
 
 
 def register(app: typer.Typer) -> None:
@@ -38,7 +38,7 @@ def train(
     from kairos.predictors.training import train as train_all
 
     read = _read(telemetry)
-    learned = list(_progress(train_all(read.steps), len(by_profile(read.steps)), "training"))
+    learned = list(tracked(train_all(read.steps), len(by_profile(read.steps)), "training"))
     save(learned, out)
     models = [(entry.profile.profile_id, model) for entry in learned for model in entry.models.values()]
     if as_json:
@@ -50,7 +50,7 @@ def train(
         return
     typer.echo(f"{'median error on held-back operating points':58} {'kind':8} {'kairos':>7} {'prior':>7}  learned from")
     for name, m in models:
-        ours, prior = _percent(m.held_back.median_ape), _percent(m.held_back.prior_median_ape)
+        ours, prior = percent(m.held_back.median_ape, 2), percent(m.held_back.prior_median_ape, 2)
         typer.echo(f"{name[-58:]:58} {m.kind:8} {ours:>7} {prior:>7}  {m.source}")
     _say_excluded(read.excluded)
     typer.echo(f"wrote {out}: {len(learned)} profiles")
@@ -73,7 +73,7 @@ def evaluate(
     predictors = None if model is None else load(model)
     read = _read(telemetry)
     scored = cross_validate(read.steps) if predictors is None else score_model(predictors, read.steps)
-    rows = [row for group in _progress(scored, len(read.steps), "evaluating") for row in group]
+    rows = [row for group in tracked(scored, len(read.steps), "evaluating") for row in group]
     totals = summary(rows)
     if as_json:
         typer.echo(json.dumps({"rows": rows, "summary": totals, "excluded": read.excluded}, indent=2))
@@ -85,11 +85,11 @@ def evaluate(
         kind = row["kind"] + (" *" if row["noisy"] else "")
         errors = [row["median_ape"], *(row["baselines"].get(name, {}).get("median_ape") for name in names)]
         figures = [*errors, row["p95_ape"], row["bias"], row["coverage"]["p90"]]
-        cells = "".join(f"{_percent(value):>9}" for value in figures)
+        cells = "".join(f"{percent(value, 2):>9}" for value in figures)
         typer.echo(f"{row['profile'][-50:]:50} {kind:8}{row['n']:>7}{cells}")
     for total in totals:
         kind = total["kind"] + (" *" if total["noisy"] else "")
-        cells = "".join(f"{_percent(total.get(name)):>9}" for name in ("kairos", *names))
+        cells = "".join(f"{percent(total.get(name), 2):>9}" for name in ("kairos", *names))
         typer.echo(f"{'median over profiles':50} {kind:8}{total['profiles']:>7}{cells}")
     if any(total["noisy"] for total in totals):
         typer.echo("* flagged noisy by their source, reported apart")
@@ -171,19 +171,6 @@ def _read(paths: list[Path]) -> Any:
     if not read.steps:
         raise InputError("no step telemetry in these files (request latency alone does not tell step times)")
     return read
-
-
-def _progress(items: Iterable[T], total: int, what: str) -> Iterable[T]:
-    """A bar on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    return track(items, what, total=total, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _percent(fraction: float | None) -> str:
-    return "-" if fraction is None else f"{100 * fraction:.2f} %"
 
 
 def _say_excluded(excluded: dict[str, int]) -> None:

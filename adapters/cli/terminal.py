@@ -1,8 +1,11 @@
 """What commands share in speaking to people: progress on stderr, the one way to write a share."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -14,6 +17,14 @@ def progress(what: str, total: int | None) -> Iterator[Callable[[int], None]]:
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+def tracked(items: Iterable[T], total: int, what: str) -> Iterator[T]:
+    """The items, with a bar on stderr while they are taken."""
+    with progress(what, total) as advance:
+        for done, item in enumerate(items, start=1):
+            yield item
+            advance(done)
 
 
 def percent(share: float | None, digits: int = 1) -> str:

@@ -6,7 +6,7 @@ instances are one machine of speed m. All work that is asked for must be a lower
 `ttft_bound` is exact for that relaxation. `lp_bound` solves it on a grid of time, rounded outward: it is the test of
 the greedy, and what `end_to_end_bound` adds decode work and KV room to.
 
-Source: algorithms.md 4; the feasible works of a fluid machine are a polymatroid, where greedy is exact (Edmonds 1970).
+Source: docs/policies.md; the feasible works of a fluid machine are a polymatroid, where greedy is exact (Edmonds 1970).
 """
 
 import math

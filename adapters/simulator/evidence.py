@@ -331,7 +331,7 @@ class _Figures(Generic[N]):
 
 
 def _metrics(figures: _Figures[N], decision_us: Sequence[FloatArray] | None, gaps: Sequence[Gaps] | None) -> Metrics[N]:
-    """Each figure of interfaces.md section 3, defined once for a run and for a cell."""
+    """Each figure of docs/files.md, defined once for a run and for a cell."""
     tables = figures.tables
     decoded = any(_decode_ran(table) for table in tables)
     overall = _attainments(figures, figures.everyone)

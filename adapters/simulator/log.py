@@ -1,4 +1,4 @@
-"""The files of one run: requests.csv, steps.csv, events.parquet, summary.json (interfaces.md section 3)."""
+"""The files of one run: requests.csv, steps.csv, events.parquet, summary.json (docs/files.md)."""
 
 import csv
 from collections.abc import Iterable, Sequence
@@ -179,7 +179,9 @@ def _events(run: Run) -> pa.Table:
     at = number[decode]
     add(end_s[at], "token", member[decode], instance[at], at, tokens[decode])
     done = np.flatnonzero(table.status == STATUSES.index("finished"))
-    add(table.last_token_s[done], "finish", done, "", none, table.workload.output_tokens[done])
+    whole = np.isfinite(table.last_token_s[done])  # prefill alone ends with the first token
+    finish_s = np.where(whole, table.last_token_s[done], table.first_token_s[done])
+    add(finish_s, "finish", done, "", none, np.where(whole, table.workload.output_tokens[done], 1))
 
     time_s, event, row, place, step, amount = (np.concatenate(column) for column in columns)
     order = np.argsort(time_s, kind="stable")

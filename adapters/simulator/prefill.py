@@ -192,6 +192,7 @@ class Pool:
                 run.free_at_s if run.busy else now_s,
                 run.lane.own.by_deadline,
                 None if run.group == asking.group else self._seconds_on(run),
+                None if run.cache is None else self._saved_on(run, asking),
             )
             for run in self.runs
             if run is not asking
@@ -205,6 +206,19 @@ class Pool:
             return w.prefill_s if there is None else there.prefill_s
 
         return prefill_s
+
+    def _saved_on(self, run: PrefillRun, asking: PrefillRun) -> Callable[[Waiting], float]:
+        there, here = self.shared[run.group], asking.unit.instance
+
+        def saved_s(w: Waiting) -> float:
+            other = there.get(w.request_id)
+            if other is None or other.cached_tokens <= w.cached_tokens:
+                return 0.0
+            times, chunk = here.step_times, here.chunk_tokens
+            with_hit_s = times.remaining_prefill_s(w.prompt_tokens - other.cached_tokens, other.cached_tokens, chunk)
+            return times.remaining_prefill_s(w.remaining_tokens, w.context_tokens, chunk) - with_hit_s
+
+        return saved_s
 
     def predicted_ttft_s(self, decider: Decider, views: Mapping[int, Waiting], now_s: float) -> float:
         """TTFT of an arriving request behind the work that the active policy puts before it, on its best instance."""

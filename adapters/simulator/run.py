@@ -1,4 +1,4 @@
-"""One run of a strategy on a simulated fleet, on a virtual clock: the rules of interfaces.md section 4.
+"""One run of a strategy on a simulated fleet, on a virtual clock: the rules of docs/simulator.md.
 
 At one instant: step ends (prefill, then decode, by index), KV that is ready (by id), arrivals (by id), then idle
 prefill instances decide, then idle decode instances. The same `Decider` decides here as in a live system.
@@ -293,16 +293,16 @@ class _Simulation:
         self.prefill_stirred = True
         for row in run.end(now_s, self.decider):
             outcome = self.outcome
+            if not self.decode:  # prefill alone: the run ends with the first token
+                outcome.first_token_s[row] = now_s
+                outcome.status[row] = FINISHED
+                continue
             if not self.first_token_at_decode:
                 outcome.first_token_s[row] = now_s
-                if outcome.output_tokens[row] <= 1 or not self.decode:
+                if outcome.output_tokens[row] <= 1:
                     outcome.last_token_s[row] = now_s
                     outcome.status[row] = FINISHED
                     continue
-            elif not self.decode:
-                outcome.first_token_s[row] = outcome.last_token_s[row] = now_s
-                outcome.status[row] = FINISHED
-                continue
             run.held_tokens += self.prompt_tokens[row]
             if self.place_decode_at == "at_first_token":
                 self.choose_decode(row, now_s)
@@ -413,7 +413,7 @@ class _Simulation:
 
     def notes(self) -> list[str]:
         """What a reader of the figures must know."""
-        notes = []
+        notes = list(self.workload.notes)
         if self.no_server:
             notes.append(f"{self.no_server} requests rejected: no_instance_serves_model")
         capacities = [unit.instance.kv_tokens for unit in self.fleet.decode]

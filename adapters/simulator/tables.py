@@ -1,6 +1,6 @@
 """The columns of a workload and of a run: one row a request, one array a column.
 
-`RequestTable` is requests.csv in memory (interfaces.md section 3): NaN in a float column and -1 in an instance column
+`RequestTable` is requests.csv in memory (docs/files.md): NaN in a float column and -1 in an instance column
 mean "not applicable".
 """
 
@@ -39,6 +39,8 @@ class Workload:
     block_ids: Sequence[tuple[int, ...]] | None = None
     """Prefix block ids of each prompt, of `block_tokens` tokens each."""
     block_tokens: int = 0
+    notes: Sequence[str] = ()
+    """Counted, named treatments of what the configuration does not know."""
 
     def __len__(self) -> int:
         return len(self.arrival_s)

@@ -1,7 +1,8 @@
-"""From a trace to what is submitted: jitter, targets, scaling in time (interfaces.md sections 1 and 4)."""
+"""From a trace to what is submitted: jitter, targets, scaling in time (docs/simulator.md)."""
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from zlib import crc32
@@ -114,6 +115,7 @@ def build_workload(
         model=_column(trace.model, order, ""),
         block_ids=None if trace.block_ids is None else [trace.block_ids[i] for i in order],
         block_tokens=trace.block_tokens,
+        notes=() if target is not None else _unknown_classes(slo, _column(trace.slo_class, order, "default")),
     )
 
 
@@ -129,6 +131,14 @@ def _configured(slo: SloSettings, classes: list[str]) -> tuple[FloatArray, Float
     ttft = np.array([known[name].ttft_s or NO_TARGET_S for name in names], dtype=np.float64)
     tpot = np.array([known[name].tpot_s or NO_TARGET_S for name in names], dtype=np.float64)
     return ttft, tpot, names
+
+
+def _unknown_classes(slo: SloSettings, classes: list[str]) -> list[str]:
+    return [
+        f"{count} requests of class '{name}', which slo.classes does not have, count as 'default'"
+        for name, count in sorted(Counter(classes).items())
+        if name not in slo.classes
+    ]
 
 
 def _assigned(
@@ -181,7 +191,7 @@ def at_decode_load(workload: Workload, load: float, lines: Sequence[Line]) -> Wo
     """The workload with time scaled to `load` of the SLO capacity of the decode instances.
 
     At capacity the residents of an instance use, in the mean, all of the rate their targets leave:
-    sum e_r/tau_r = 1 - a/tau_min with e_r = b + c*context, under `continuous` without a KV limit (algorithms.md 5).
+    sum e_r/tau_r = 1 - a/tau_min with e_r = b + c*context, under `continuous` without a KV limit (docs/simulator.md).
     In steady state a step takes T = a/(1 - W) where W is marginal decode work per second, and the sum is V*T with V
     the work over its target per second; both grow with the load, which gives the capacity in closed form.
 

@@ -54,7 +54,7 @@ class Envelope:
         h: share of the tightest target that step time may use, above 0 up to 1.
         longest_gap_targets: gap between two tokens, in targets, after which a kept request goes first; at least 1.
 
-    Source: algorithms.md section 2, with one greedy in place of its rules 1 to 3 (docs/experiments.md).
+    Source: our own; what was tried is in docs/experiments.md.
     """
 
     def __init__(self, h: float = 0.9, longest_gap_targets: float = 20.0) -> None:

@@ -20,7 +20,7 @@ class OnTime:
     3. A further request joins a step only while no kept one's deadline suffers by it, up to the profile's saturation
        knee: past it, sharing a step saves next to nothing.
 
-    Source: Moore 1968 (Management Science 15, 102-109); several instances and packing: algorithms.md section 1.
+    Source: Moore 1968 (Management Science 15, 102-109); several instances and packing: docs/policies.md.
     """
 
     def plan(self, view: PrefillView) -> PrefillPlan:

@@ -97,3 +97,15 @@ def test_the_program_starts_quickly_and_loads_nothing_heavy() -> None:
     assert ended.stderr.strip() == "[]"
     assert "kairos [OPTIONS] COMMAND" in ended.stdout
     assert time.perf_counter() - began < 4.0  # 0.25 s on a quiet machine
+
+
+def test_a_missing_extra_is_named_in_one_line() -> None:
+    program = (
+        "import sys; sys.modules['uvicorn'] = None; from kairos.adapters.cli import main\n"
+        "sys.argv = ['kairos', 'serve', '--config', 'kairos.yaml']; main()"
+    )
+
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "kairos: this needs the package uvicorn: pip install 'kairos-scheduler[all]'\n"

@@ -264,3 +264,16 @@ def test_the_environment_of_the_process_is_used_when_none_is_given(
     path.write_text(SMALL)
 
     assert load_settings(path).active == "paper"
+
+
+def test_a_model_beside_the_file_is_found_from_any_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.kairos").write_bytes(b"")
+    file = tmp_path / "kairos.yaml"
+    file.write_text(
+        "profiles: {p: {gpu: g, model: m, step_times: {model: model.kairos}}}\n"
+        "fleet: {prefill: [{profile: p}], decode: [{profile: p}]}\n"
+    )
+    times = load_settings(file, {}).profiles["p"].step_times
+
+    assert times is not None
+    assert times.model == str(tmp_path / "model.kairos")

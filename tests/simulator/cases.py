@@ -42,7 +42,7 @@ class Case:
         ]
 
 
-# -- the public files of a case (interfaces.md sections 1 to 3) --------------------------------------------------------
+# -- the public files of a case (docs/files.md, docs/configuration.md) -------------------------------------------------
 
 
 def to_trace_csv(case: Case) -> str:

@@ -1,8 +1,8 @@
-"""The rules of interfaces.md section 4 written down a second time: slow, plain, and sharing nothing with Kairos.
+"""The rules of docs/simulator.md written down a second time: slow, plain, and sharing nothing with Kairos.
 
 Takes plain lists and dicts, imports no project code, keeps no sorted index, and looks at every waiting request at every
 decision, so that each rule can be read beside its text. It covers what exact comparisons need: six ordering rules of
-algorithms.md section 1 with `lost_last` and `preempt`, the placements `late`, `round-robin` and (decode)
+docs/policies.md with `lost_last` and `preempt`, the placements `late`, `round-robin` and (decode)
 `least-requests`, and `continuous`, `capped` and `slack`; noise 0, share guard off, no prefix cache, no KV contention.
 
 Seconds and tokens. Where the text leaves room, "Reading:" says which way was taken.

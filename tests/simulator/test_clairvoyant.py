@@ -73,7 +73,7 @@ def test_a_finer_grid_only_tightens_the_linear_program_down_to_the_greedy() -> N
 
 
 def test_the_greedy_follows_its_textbook_form_for_one_class() -> None:
-    # algorithms.md 4: by increasing work, each takes what still fits between every earlier release and later deadline
+    # docs/policies.md: by increasing work, each takes what still fits between every earlier release and later deadline
     rng = np.random.default_rng(6)
     arrival_s = np.sort(rng.uniform(0, 900, 3000))
     work_s = rng.lognormal(-1.5, 1.2, 3000)

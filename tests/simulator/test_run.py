@@ -5,12 +5,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from builders import step_times
 from simulations import fleet, workload
 
 from kairos.adapters.simulator.fleet import SimulatedFleet
 from kairos.adapters.simulator.run import Knobs, Run, simulate
 from kairos.adapters.simulator.tables import STATUSES
-from kairos.scheduler_core.config import Handover, KvTransfer
+from kairos.adapters.simulator.workload import build_workload
+from kairos.adapters.traces import Trace
+from kairos.scheduler_core.config import Handover, KvTransfer, SloClass, SloSettings
 from kairos.scheduler_core.domain import Control
 from kairos.scheduler_core.policy import PrefillPlacementView
 from kairos.scheduler_core.strategy import parse_strategy
@@ -179,3 +182,30 @@ def test_the_share_guard_lets_a_lost_request_run_before_newer_ones() -> None:
         return float(done.requests.first_token_s[0])
 
     assert long_start_s(0.5) < long_start_s(0.0)
+
+
+def test_late_leaves_a_request_to_the_instance_that_has_its_prefix_for_as_long_as_that_saves() -> None:
+    # instance 0 computes blocks 1 and 2; at 3 s the same prompt comes again while instance 0 is busy until 4 s: waiting
+    # 1 s saves nearly 2. Busy until 7 s it would not be worth it
+    def second_instance(other_tokens: int) -> int:
+        at_work = fleet(2)
+        caching = replace(at_work, prefill=[replace(unit, cache_tokens=10_000) for unit in at_work.prefill])
+        submitted = replace(
+            workload([0.0, 2.0, 3.0], [2_000, other_tokens, 2_000], ttft_target_s=100.0),
+            block_ids=[(1, 2), tuple(range(10, 10 + other_tokens // 1_000)), (1, 2)],
+            block_tokens=1_000,
+        )
+        done = simulate(submitted, caching, parse_strategy("fcfs+late+least-requests+continuous"), GUARD_OFF)
+        assert done.requests.prefill_instance.tolist()[:2] == [0, 0]
+        return int(done.requests.prefill_instance[2])
+
+    assert [second_instance(2_000), second_instance(5_000)] == [0, 1]
+
+
+def test_a_class_that_the_configuration_does_not_have_counts_as_default_and_is_named() -> None:
+    slo = SloSettings(classes={"default": SloClass(ttft_s=3.0, tpot_s=0.1)})
+    trace = Trace("t", np.array([0.0]), np.array([10]), np.array([2]), slo_class=["gold"])
+    submitted = build_workload(trace, slo, step_times())
+
+    assert submitted.ttft_target_s.tolist() == [3.0]
+    assert submitted.notes == ["1 requests of class 'gold', which slo.classes does not have, count as 'default'"]
