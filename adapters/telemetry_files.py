@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -18,10 +19,17 @@ import pyarrow.parquet
 from kairos.scheduler_core.domain import Profile
 from kairos.scheduler_core.errors import TelemetryError
 from kairos.scheduler_core.slo import BoolArray, FloatArray
-from kairos.scheduler_core.telemetry import PHASES, RequestRecord, StepKind, Steps
+from kairos.scheduler_core.telemetry import (
+    PHASES,
+    RequestRecord,
+    RequestRow,
+    StepKind,
+    StepRow,
+    Steps,
+    excluded_by,
+)
 
-EXCLUDED_FLAGS = ("outlier", "suspect", "composed", "context_not_recorded")
-"""Flags whose rows are neither fitted nor scored. `noisy` rows are kept."""
+T = TypeVar("T")
 
 _PROFILE = {"gpu": "", "model": "", "precision": "", "tp": 1, "ep": 1, "engine": ""}
 _TEXT = ("source", "run", "gpu", "model", "precision", "engine", "kind", "flag", "prev_phase", "next_phase", "trace")
@@ -58,6 +66,8 @@ class Telemetry:
     """Rows left out, by flag; `invalid`: a number missing, negative, NaN or infinite."""
     notes: list[str]
     """What an operator should know: the first invalid row of a file, files of a folder that hold something else."""
+    runs: list[str]
+    """Names of the recordings; `Steps.run` holds places in this list."""
 
 
 def read_telemetry(paths: Sequence[Path]) -> Telemetry:
@@ -72,7 +82,7 @@ def read_telemetry(paths: Sequence[Path]) -> Telemetry:
     requests: list[RequestRecord] = []
     parts: dict[tuple[Profile, StepKind], list[Steps]] = {}
     runs: dict[str, int] = {}
-    for path in _files(paths, notes):
+    for path in telemetry_files(paths, notes):
         table = _table(path)
         kind = _kind(table.column_names)
         if kind == "request":
@@ -84,10 +94,73 @@ def read_telemetry(paths: Sequence[Path]) -> Telemetry:
         left_out = ", ".join(f"{n} {flag}" for flag, n in sorted(excluded.items())) or "no rows"
         raise TelemetryError(f"nothing usable in {', '.join(map(str, paths))}: {left_out}; give measured steps")
     ordered = sorted(parts.items(), key=lambda item: (item[0][0].profile_id, item[0][1]))
-    return Telemetry([Steps.joined(group) for _, group in ordered], requests, dict(sorted(excluded.items())), notes)
+    return Telemetry(
+        [Steps.joined(group) for _, group in ordered], requests, dict(sorted(excluded.items())), notes, list(runs)
+    )
 
 
-def _files(paths: Sequence[Path], notes: list[str]) -> Iterable[Path]:
+def step_rows(read: Telemetry) -> list[StepRow]:
+    """The steps that were read, as they are sent and stored.
+
+    Raises:
+        TelemetryError: a number that no step has.
+    """
+    rows = [
+        {
+            **msgspec.structs.asdict(steps.profile),
+            **dict(zip(("latency_ms", *_PREFILL, *_DECODE), numbers, strict=True)),
+            "prev_phase": PHASES[phase],
+            "run": read.runs[run],
+            "flag": "noisy" if noisy else "",
+        }
+        for steps in read.steps
+        for numbers, phase, run, noisy in zip(
+            zip(
+                (1e3 * steps.step_s).tolist(),
+                *(getattr(steps, name).astype(np.int64).tolist() for name in (*_PREFILL, *_DECODE)),
+                strict=True,
+            ),
+            steps.prev_phase.tolist(),
+            steps.run.tolist(),
+            steps.noisy.tolist(),
+            strict=True,
+        )
+    ]
+    return _checked(rows, list[StepRow])
+
+
+def request_rows(read: Telemetry) -> list[RequestRow]:
+    """The requests that were read, as they are sent and stored.
+
+    Raises:
+        TelemetryError: a number that no request has.
+    """
+    rows = [
+        {
+            **msgspec.structs.asdict(request.profile),
+            **{name: getattr(request, name) for name in _REQUEST_NUMBERS},
+            "ttft_ms": None if request.ttft_s is None else 1e3 * request.ttft_s,
+            "tpot_ms": None if request.tpot_s is None else 1e3 * request.tpot_s,
+            "trace": request.run,
+        }
+        for request in read.requests
+    ]
+    return _checked(rows, list[RequestRow])
+
+
+def _checked(rows: list[dict[str, Any]], wanted: type[T]) -> T:
+    try:
+        return msgspec.convert(rows, wanted)
+    except msgspec.ValidationError as error:
+        raise TelemetryError(f"a row that was read cannot be stored: {error}") from None
+
+
+def telemetry_files(paths: Sequence[Path], notes: list[str]) -> Iterable[Path]:
+    """The files of `paths`, those of a folder by name; what is something else is said in `notes`.
+
+    Raises:
+        TelemetryError: a path that is not there, or a folder without telemetry.
+    """
     for path in paths:
         if not path.exists():
             raise TelemetryError(f"no such telemetry file or folder: {path}")
@@ -168,8 +241,7 @@ def _usable(
     """Which rows serve; counts and names those that do not."""
     keep = np.ones(len(flags), np.bool_)
     for row, flag in enumerate(flags):
-        reason = next((part for part in flag.split(";") if part in EXCLUDED_FLAGS), None) if flag else None
-        if reason:
+        if reason := excluded_by(flag):
             keep[row] = False
             excluded[reason] += 1
     bad = np.zeros(len(flags), np.bool_)
@@ -226,7 +298,8 @@ def _phase(path: Path, name: str) -> int:
 
 
 def _requests(path: Path, table: Any, excluded: Counter[str], notes: list[str]) -> list[RequestRecord]:
-    numbers = {name: _number(table, name) for name in _REQUEST_NUMBERS}
+    numbers = {name: _number(table, name) for name in _REQUEST_NUMBERS} | {"tp": _number(table, "tp", 1.0)}
+    gpus, models, traces = (_text(table, name) for name in ("gpu", "model", "trace"))
     keep = _usable(path, numbers, [""] * table.num_rows, excluded, notes)
     ttft_s = _number(table, "ttft_ms", np.nan) / 1e3
     tpot_s = _number(table, "tpot_ms", np.nan) / 1e3
@@ -241,6 +314,8 @@ def _requests(path: Path, table: Any, excluded: Counter[str], notes: list[str]) 
             decode_tokens_in_flight=int(numbers["decode_tokens_in_flight"][row]),
             ttft_s=None if np.isnan(ttft_s[row]) else float(ttft_s[row]),
             tpot_s=None if np.isnan(tpot_s[row]) else float(tpot_s[row]),
+            profile=Profile(gpus[row], models[row], tp=int(numbers["tp"][row])),
+            run=traces[row],
         )
         for row in np.flatnonzero(keep).tolist()
     ]

@@ -21,6 +21,7 @@ from pydantic import (
     Field,
     GetJsonSchemaHandler,
     JsonValue,
+    SecretStr,
     ValidationError,
     field_validator,
     model_validator,
@@ -329,6 +330,15 @@ class ServiceSettings(Section):
     max_body_bytes: Count = 64 * 2**20
 
 
+class StoreSettings(Section):
+    """The database of the control plane."""
+
+    url: SecretStr
+    """sqlite:///PATH or postgresql://USER@HOST/NAME; never shown, since it may hold a password."""
+    queued_rows: Count = 200_000
+    """Rows of telemetry that may wait to be stored; more is answered 429."""
+
+
 SHIPPED_STRATEGIES: dict[str, dict[str, Any]] = {
     "engine-default": {
         "prefill": "fcfs",
@@ -375,6 +385,8 @@ class Settings(Section):
     """Beside the shipped ones."""
     active: str = "kairos"
     service: ServiceSettings = ServiceSettings()
+    store: StoreSettings | None = None
+    """None: nothing is kept, and there are no routes for telemetry."""
 
     @field_validator("strategies", mode="before")
     @classmethod

@@ -11,6 +11,9 @@ KairosError                      500
       UnknownProfileError
     TooLargeError                413  more than a limit allows
     FieldsError                  422  fields of a request's body, each with its path
+    ConflictError                409  not what is stored under the same id
+  StoreError                     503  the database is away, full, or not at a revision this Kairos runs on
+  BusyError                      429  a queue is full; says when to come back
   PolicyError                    500  a policy answered what cannot be done (the guard catches it)
 """
 
@@ -62,6 +65,12 @@ class FieldsError(InputError):
         super().__init__("; ".join(f"{path or 'the body'}: {message}" for path, message in self.problems))
 
 
+class ConflictError(InputError):
+    """Other content than what is stored under the same id."""
+
+    http_status = 409
+
+
 class UnknownNameError(InputError):
     """A name that nothing is registered under.
 
@@ -84,6 +93,22 @@ class UnknownPolicyError(UnknownNameError):
 
 class UnknownProfileError(UnknownNameError):
     """No profile has this name."""
+
+
+class StoreError(KairosError):
+    """The database cannot be used now; nothing of what was asked is half done."""
+
+    http_status = 503
+
+
+class BusyError(KairosError):
+    """A queue is full; the same again after `retry_after_s` seconds."""
+
+    http_status = 429
+
+    def __init__(self, what: str, retry_after_s: int) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(f"{what}; send it again in {retry_after_s} s")
 
 
 class PolicyError(KairosError):

@@ -1,14 +1,16 @@
 """What an engine reports: one record a step, one a request, and many steps of one profile as arrays.
 
-The wire form is that of docs/files.md (telemetry); here are the glossary's names, seconds and tokens.
+`StepRow` and `RequestRow` are the wire form (docs/files.md): the fields of telemetry files, milliseconds
+where those have them. The rest is in the glossary's names, seconds and tokens.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
+from msgspec import Meta
 from numpy.typing import NDArray
 
 from kairos.scheduler_core.domain import Profile
@@ -21,6 +23,19 @@ STEP_KINDS: tuple[StepKind, ...] = ("prefill", "decode", "mixed")
 
 PHASES = ("", "idle", "context", "decode", "mixed")
 """What the engine did in the step before; '' = not recorded. `Steps.prev_phase` holds places in this tuple."""
+
+
+EXCLUDED_FLAGS = ("outlier", "suspect", "composed", "context_not_recorded")
+"""Flags whose steps are neither fitted, scored nor stored. `noisy` steps are kept."""
+
+
+def excluded_by(flag: str) -> str | None:
+    """Which part of a step's flag, if any, leaves it out.
+
+    >>> excluded_by("sweep;outlier")
+    'outlier'
+    """
+    return next((part for part in flag.split(";") if part in EXCLUDED_FLAGS), None) if flag else None
 
 
 class StepRecord(msgspec.Struct, frozen=True, gc=False):
@@ -55,6 +70,98 @@ class RequestRecord(msgspec.Struct, frozen=True, gc=False):
     decode_tokens_in_flight: int
     ttft_s: float | None
     tpot_s: float | None
+    profile: Profile = Profile("", "")
+    """Empty where it was not recorded."""
+    run: str = ""
+
+
+Word = Annotated[str, Meta(max_length=128, pattern=r"^[^\x00-\x1f]*$")]
+Name = Annotated[str, Meta(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f]*$")]
+Id = Annotated[str, Meta(max_length=256, pattern=r"^[^\x00-\x1f]*$")]
+Tokens = Annotated[int, Meta(ge=0, le=10**8)]
+SumTokens = Annotated[int, Meta(ge=0, le=10**12)]
+Requests = Annotated[int, Meta(ge=0, le=10**6)]
+Parallel = Annotated[int, Meta(ge=1, le=10**4)]
+Milliseconds = Annotated[float, Meta(gt=0, le=10**9)]
+
+
+class StepRow(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    """One step as it is sent: the fields of a telemetry file. What it holds says its kind.
+
+    Raises:
+        ValueError: neither prompt tokens nor requests in decode. msgspec adds the place in the body.
+    """
+
+    gpu: Name
+    model: Name
+    latency_ms: Milliseconds
+    precision: Word = ""
+    tp: Parallel = 1
+    ep: Parallel = 1
+    engine: Word = ""
+    run: Word = ""
+    n_requests: Requests = 0
+    new_tokens: Tokens = 0
+    cached_tokens: SumTokens = 0
+    batch_size: Requests = 0
+    sum_context_tokens: SumTokens = 0
+    prev_phase: Literal["", "idle", "context", "decode", "mixed"] = ""
+    flag: Word = ""
+    source: Word = ""
+    """This field and those below are in files and taken, but not kept."""
+    dp: Parallel | None = None
+    kind: Word = ""
+    seq: int | None = None
+    mean_context_tokens: float | None = None
+    next_phase: Word = ""
+    queued_requests: int | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.n_requests) != bool(self.new_tokens):
+            raise ValueError("n_requests and new_tokens belong together: both above 0 or both left out")
+        if not self.new_tokens and not self.batch_size:
+            raise ValueError("a step needs n_requests and new_tokens (prefill), batch_size (decode) or all three")
+
+    @property
+    def step_kind(self) -> StepKind:
+        """Prefill, decode or both."""
+        if not self.batch_size:
+            return "prefill"
+        return "mixed" if self.new_tokens else "decode"
+
+
+class RequestRow(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    """One request that has ended: how it met its instance, what was predicted of it, and what came of it."""
+
+    input_tokens: Tokens
+    prefix_hit_ratio: Annotated[float, Meta(ge=0, le=1)]
+    kv_cache_usage: Annotated[float, Meta(ge=0, le=1)]
+    requests_running: Requests
+    requests_waiting: Requests
+    prefill_tokens_in_flight: SumTokens
+    decode_tokens_in_flight: SumTokens
+    ttft_ms: Milliseconds | None = None
+    """Null: not recorded."""
+    tpot_ms: Milliseconds | None = None
+    predicted_ttft_ms: Milliseconds | None = None
+    """At its arrival; null: nothing was predicted."""
+    predicted_tpot_ms: Milliseconds | None = None
+    model_version: Word = ""
+    """Of the model that predicted."""
+    output_tokens: Tokens | None = None
+    request_id: Id = ""
+    tenant: Word = ""
+    slo_class: Word = ""
+    gpu: Word = ""
+    model: Word = ""
+    precision: Word = ""
+    tp: Parallel = 1
+    ep: Parallel = 1
+    engine: Word = ""
+    trace: Word = ""
+    """The recording it is from."""
+    seq: int | None = None
+    """In files and taken, but not kept."""
 
 
 @dataclass(frozen=True, slots=True)

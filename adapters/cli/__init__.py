@@ -48,7 +48,18 @@ def commands() -> "typer.Typer":
     """All commands."""
     import typer
 
-    from kairos.adapters.cli import configuration, demo, models, policies, report, serve, simulate, traces
+    from kairos.adapters.cli import (
+        configuration,
+        db,
+        demo,
+        models,
+        policies,
+        report,
+        serve,
+        simulate,
+        telemetry,
+        traces,
+    )
 
     app = typer.Typer(
         name="kairos",
@@ -57,7 +68,7 @@ def commands() -> "typer.Typer":
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for group in (demo, simulate, models, traces, policies, report, serve, configuration):
+    for group in (demo, simulate, models, telemetry, traces, policies, report, serve, db, configuration):
         group.register(app)
     return app
 

@@ -9,29 +9,25 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from kairos.scheduler_core.service.problems import PROBLEM_TYPE, problem_of
-from kairos.scheduler_core.service.schemas import Answer, FieldProblem, Problem, Snapshot
+from kairos.scheduler_core.service.schemas import (
+    Answer,
+    FieldProblem,
+    Problem,
+    RequestsBody,
+    Snapshot,
+    StepsBody,
+    TelemetryAnswer,
+)
+from kairos.scheduler_core.telemetry import RequestRow, StepRow
 
 
-def openapi_of(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's document, with the bodies that msgspec reads and writes."""
+def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
+    """FastAPI's document, with the bodies that msgspec reads and writes; with the routes for telemetry or without."""
     document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
-    schemas, components = msgspec.json.schema_components(
-        [Snapshot, Answer, Problem], ref_template="#/components/schemas/{name}"
-    )
-    snapshot, answer, problem = schemas
-    document["components"]["schemas"].update(components)
     example = json.loads(files("kairos.scheduler_core.service").joinpath("example.json").read_text("utf-8"))
-    responses: dict[str, Any] = {
-        "200": {
-            "description": "The decisions.",
-            "content": {"application/json": {"schema": answer, "example": example["answer"]}},
-        }
-    }
-    for meaning, shown in _PROBLEMS.items():
-        responses[str(shown.status)] = {
-            "description": meaning,
-            "content": {PROBLEM_TYPE: {"schema": problem, "example": msgspec.to_builtins(shown)}},
-        }
+    types = [Snapshot, Answer, Problem, StepsBody, StepRow, RequestsBody, RequestRow, TelemetryAnswer]
+    schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
+    snapshot, answer, problem, *of_telemetry = schemas
     document["paths"]["/schedule"] = {
         "post": {
             "tags": ["decisions"],
@@ -43,14 +39,61 @@ def openapi_of(app: FastAPI) -> dict[str, Any]:
                 "required": True,
                 "content": {"application/json": {"schema": snapshot, "example": example["snapshot"]}},
             },
-            "responses": responses,
+            "responses": {
+                "200": {
+                    "description": "The decisions.",
+                    "content": {"application/json": {"schema": answer, "example": example["answer"]}},
+                }
+            }
+            | _problems(_SCHEDULE_PROBLEMS, problem),
         }
     }
+    if telemetry:
+        steps_body, step, requests_body, request, stored = of_telemetry
+        for name, body, row in (("steps", steps_body, step), ("requests", requests_body, request)):
+            document["paths"][f"/telemetry/{name}"] = {"post": _telemetry(name, body, row, stored, problem)}
+    else:
+        for told in (StepsBody, StepRow, RequestsBody, RequestRow, TelemetryAnswer):
+            del components[told.__name__]
+    document["components"]["schemas"].update(components)
     return document
 
 
-_PROBLEMS = {
-    "The body is no JSON.": problem_of(400, "the body is no valid JSON: Input data was truncated"),
+def _telemetry(name: str, body: Any, row: Any, stored: Any, problem: Any) -> dict[str, Any]:
+    """The operation that takes `name` (steps or requests)."""
+    rows = {"type": "array", "items": row}
+    header = {
+        "name": "x-kairos-batch-id",
+        "in": "header",
+        "description": "The same id again is answered as before, and nothing is stored twice.",
+        "schema": {"type": "string", "minLength": 1, "maxLength": 256, "pattern": "^[!-~]+$"},
+    }
+    return {
+        "tags": ["telemetry"],
+        "operationId": f"store_{name}",
+        "summary": f"Store a batch of {name}",
+        "description": "An array, an object with `rows` and `batch_id`, or JSON lines (`application/x-ndjson`); gzip "
+        "is taken. Rows that do not fit are named, the others stored. It answers once they are committed.",
+        "parameters": [header],
+        "requestBody": {"required": True, "content": {"application/json": {"schema": {"anyOf": [rows, body]}}}},
+        "responses": {"200": {"description": "What was stored.", "content": {"application/json": {"schema": stored}}}}
+        | _problems(_TELEMETRY_PROBLEMS, problem),
+    }
+
+
+def _problems(problems: dict[str, Problem], schema: Any) -> dict[str, Any]:
+    """What may go wrong, with an example of each."""
+    return {
+        str(shown.status): {
+            "description": meaning,
+            "content": {PROBLEM_TYPE: {"schema": schema, "example": msgspec.to_builtins(shown)}},
+        }
+        for meaning, shown in problems.items()
+    }
+
+
+_NO_JSON = {"The body is no JSON.": problem_of(400, "the body is no valid JSON: Input data was truncated")}
+_SCHEDULE_PROBLEMS = _NO_JSON | {
     "No such strategy or policy.": problem_of(
         404, "unknown strategy 'kairo'. Did you mean 'kairos'? Installed: engine-default, kairos, paper, tuned"
     ),
@@ -64,4 +107,25 @@ _PROBLEMS = {
         [FieldProblem("waiting[3].prompt_tokens", "expected `int` >= 1")],
     ),
 }
-"""What may go wrong, with an example of each."""
+_TELEMETRY_PROBLEMS = _NO_JSON | {
+    "A batch of this id was stored with other content.": problem_of(
+        409, "batch 'a-17' was stored with other content; send this under another id"
+    ),
+    "More bytes than the limit allows.": problem_of(
+        413, "the body is longer than 67108864 bytes; send less, or raise service.max_body_bytes"
+    ),
+    "The body is of another type or compression.": problem_of(415, "content encoding is 'br'; send identity or gzip"),
+    "No row fits; `errors` names each.": problem_of(
+        422,
+        "none of 1 rows can be stored; the first: [0].latency_ms: expected `float` > 0.0",
+        [FieldProblem("[0].latency_ms", "expected `float` > 0.0")],
+    ),
+    "Too much waits to be stored; `Retry-After` says when to come back.": problem_of(
+        429,
+        "198000 rows of telemetry wait to be stored, and 5000 more are over the limit of 200000 "
+        "(store.queued_rows); send it again in 2 s",
+    ),
+    "The database cannot be used now; nothing was stored.": problem_of(
+        503, "the database sqlite:///kairos.db cannot be used: database or disk is full; nothing was written"
+    ),
+}

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from kairos.scheduler_core.errors import FieldsError, KairosError
+from kairos.scheduler_core.errors import BusyError, FieldsError, KairosError
 from kairos.scheduler_core.service.schemas import FieldProblem, Problem
 
 PROBLEM_TYPE = "application/problem+json"
@@ -38,7 +38,8 @@ async def on_kairos_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, KairosError)
     fields = error.problems if isinstance(error, FieldsError) else []
     told = [FieldProblem(path, message) for path, message in fields]
-    return problem_response(problem_of(error.http_status, str(error), told))
+    headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, BusyError) else None
+    return problem_response(problem_of(error.http_status, str(error), told), headers)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:

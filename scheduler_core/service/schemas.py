@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from kairos.scheduler_core.decision import Reason, Standing
 from kairos.scheduler_core.domain import Control
+from kairos.scheduler_core.telemetry import RequestRow, StepRow
 
 _MOST_TOKENS = 10**8
 _MOST_SECONDS = 10**11
@@ -296,6 +297,32 @@ class Answer(msgspec.Struct, frozen=True, gc=False):
     state: Annotated[str, Meta(description="To be handed back with the next snapshot.")]
 
 
+# -- telemetry -------------------------------------------------------------------------------------------------------
+
+BatchId = Annotated[str, Meta(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f]*$")]
+
+
+class StepsBody(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    """Steps with the id of their batch."""
+
+    rows: list[StepRow]
+    batch_id: BatchId | None = None
+
+
+class RequestsBody(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    """Requests with the id of their batch."""
+
+    rows: list[RequestRow]
+    batch_id: BatchId | None = None
+
+
+class RowsBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Either of them, its rows not looked at yet."""
+
+    rows: list[msgspec.Raw]
+    batch_id: BatchId | None = None
+
+
 # -- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -316,6 +343,17 @@ class Problem(msgspec.Struct, frozen=True):
     type: str = "about:blank"
 
 
+class TelemetryAnswer(msgspec.Struct, frozen=True):
+    """What became of a batch; it is committed."""
+
+    batch_id: str
+    stored: Annotated[int, Meta(description="Rows that are in the database.")]
+    rejected: Annotated[int, Meta(description="Rows that do not fit; `errors` names the first 1,000.")]
+    excluded: Annotated[dict[str, int], Meta(description="Rows left out for their flag, by flag.")]
+    duplicate: Annotated[bool, Meta(description="The batch was stored before, nothing was stored now.")]
+    errors: list[FieldProblem]
+
+
 # -- control routes --------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +369,8 @@ class Readiness(BaseModel):
     status: Literal["ready"] = "ready"
     model_versions: dict[str, str]
     """Where step times come from, by profile."""
+    database: Literal["none", "ready", "away"] = "none"
+    """Away: telemetry is refused, decisions go on."""
 
 
 class StrategyText(BaseModel):

@@ -100,6 +100,15 @@ def test_an_installed_wheel_runs_without_the_source_tree(installed: Path, tmp_pa
     run(installed / "kairos", "trace", "generate", "--duration", "30", "-o", "made.csv", cwd=tmp_path, env=outside())
 
 
+def test_an_installed_wheel_finds_its_migrations(installed: Path, tmp_path: Path) -> None:
+    database = ("--url", "sqlite:///kairos.db")
+    upgraded = run(installed / "kairos", "db", "upgrade", *database, cwd=tmp_path, env=outside())
+    known = json.loads(run(installed / "kairos", "db", "current", *database, "--json", cwd=tmp_path, env=outside()))
+
+    assert "empty -> " in upgraded
+    assert known["current"] == known["head"]
+
+
 def test_the_editable_install_of_this_environment_is_the_source_tree_itself(tmp_path: Path) -> None:
     found = run(
         Path(sys.executable), "-c", "import kairos.policies.prefill as p; print(p.__file__)", cwd=tmp_path,

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from service.snapshots import call, decode, prefill, refused, settings_of, snapshot, waits
 
 from kairos.scheduler_core import errors
-from kairos.scheduler_core.errors import ConfigError, FieldsError, KairosError, UnknownNameError
+from kairos.scheduler_core.errors import BusyError, ConfigError, FieldsError, KairosError, UnknownNameError
 from kairos.scheduler_core.service.app import create_app, require_loopback
 from kairos.scheduler_core.service.problems import on_kairos_error
 
@@ -178,6 +178,8 @@ ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if iss
 def made(kind: type[KairosError]) -> KairosError:
     if kind is FieldsError:
         return FieldsError([("waiting[0]", "is wrong")])
+    if kind is BusyError:
+        return BusyError("a queue is full", 3)
     return kind("thing", "nmae", ["name"]) if issubclass(kind, UnknownNameError) else kind("what happened")
 
 

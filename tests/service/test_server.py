@@ -15,6 +15,7 @@ from service.snapshots import prefill, snapshot, waits
 
 import kairos
 from kairos.scheduler_core.service import schemas
+from kairos.scheduler_core.telemetry import RequestRow, StepRow
 
 ROOT = Path(kairos.__file__).parents[2]
 CONFIG = ROOT / "examples" / "kairos.yaml"
@@ -112,6 +113,9 @@ def test_an_address_that_others_reach_is_refused_with_exit_code_2() -> None:
         schemas.DecodeReason,
         schemas.Rejection,
         schemas.Problem,
+        schemas.TelemetryAnswer,
+        StepRow,
+        RequestRow,
     ],
     ids=lambda struct: struct.__name__,
 )

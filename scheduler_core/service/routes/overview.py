@@ -4,10 +4,11 @@ from fastapi import APIRouter
 
 from kairos.scheduler_core.service.schedule import Scheduler
 from kairos.scheduler_core.service.schemas import Health, Readiness, Strategies, StrategyText
+from kairos.scheduler_core.service.store.session import Store
 
 
-def overview_router(scheduler: Scheduler) -> APIRouter:
-    """The routes over one scheduler."""
+def overview_router(scheduler: Scheduler, store: Store | None) -> APIRouter:
+    """The routes over one scheduler, and what it remembers."""
     router = APIRouter()
 
     @router.get("/healthz")
@@ -17,8 +18,11 @@ def overview_router(scheduler: Scheduler) -> APIRouter:
 
     @router.get("/readyz")
     def readyz() -> Readiness:
-        """Say where step times come from; it answers once all of them are loaded."""
-        return Readiness(model_versions={name: known.version for name, known in scheduler.profiles.by_name.items()})
+        """Say where step times come from, once all are loaded, and whether the database answers."""
+        return Readiness(
+            model_versions={name: known.version for name, known in scheduler.profiles.by_name.items()},
+            database="none" if store is None else "ready" if store.is_there() else "away",
+        )
 
     @router.get("/strategies")
     def strategies() -> Strategies:

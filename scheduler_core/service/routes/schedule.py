@@ -10,9 +10,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from kairos.scheduler_core.errors import TooLargeError
-from kairos.scheduler_core.service.problems import decode_problem, problem_of, problem_response
-from kairos.scheduler_core.service.schemas import Answer, Problem, Snapshot
+from kairos.scheduler_core.service.bodies import UNDECODABLE, read_body, unreadable
+from kairos.scheduler_core.service.problems import decode_problem, problem_response
+from kairos.scheduler_core.service.schemas import Answer, Snapshot
 
 _INLINE_BYTES = 64 * 1024
 """Bodies up to this are answered at once; larger ones in a thread, so that they do not hold up the others."""
@@ -39,10 +39,10 @@ class ScheduleEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the snapshot, decide, answer."""
         headers = Headers(scope=scope)
-        if unreadable := _unreadable(headers):
-            response = problem_response(unreadable)
+        if refusal := unreadable(headers, ("application/json",), ("identity",)):
+            response = problem_response(refusal)
         else:
-            body = await self._body(headers, receive)
+            body = await read_body(headers, receive, self._max_body_bytes)
             if body is None:
                 return
             if len(body) <= _INLINE_BYTES:
@@ -54,43 +54,6 @@ class ScheduleEndpoint:
     def _answer(self, body: bytes) -> Response:
         try:
             snapshot = _decoder.decode(body)
-        except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        except UNDECODABLE as error:
             return problem_response(decode_problem(body, error))
         return Response(_encoder.encode(self._decide(snapshot, time.time(), body)), media_type="application/json")
-
-    async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
-        """The whole body; None when the client left.
-
-        Raises:
-            TooLargeError: it is longer than the limit, by its header or as it comes.
-        """
-        length = headers.get("content-length", "")
-        if length.isdecimal() and int(length[:18]) > self._max_body_bytes:
-            raise self._too_large()
-        chunks: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
-            if size > self._max_body_bytes:
-                raise self._too_large()
-            if not message.get("more_body", False):
-                return b"".join(chunks)
-
-    def _too_large(self) -> TooLargeError:
-        return TooLargeError(
-            f"the body is longer than {self._max_body_bytes} bytes; send less, or raise service.max_body_bytes"
-        )
-
-
-def _unreadable(headers: Headers) -> Problem | None:
-    """Why the body cannot be read, going by the headers."""
-    kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        return problem_of(415, f"content type is '{kind}'; send application/json")
-    if (coding := headers.get("content-encoding", "identity")) != "identity":
-        return problem_of(415, f"content encoding is '{coding}'; send the body as it is")
-    return None

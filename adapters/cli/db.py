@@ -1,0 +1,103 @@
+"""`kairos db upgrade | current | forget`: the database of the control plane."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kairos.scheduler_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kairos.scheduler_core.service.store.session import Store
+
+Config = Annotated[Path | None, typer.Option(help="A kairos.yaml with a store.")]
+Url = Annotated[
+    str | None,
+    typer.Option(help="sqlite:///PATH or postgresql://USER@HOST/NAME, instead of a file.", envvar="KAIROS_STORE__URL"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add `db` and its commands."""
+    db = typer.Typer(no_args_is_help=True, help="The database: its form, and what it forgets.")
+    db.command()(upgrade)
+    db.command()(current)
+    db.command()(forget)
+    app.add_typer(db, name="db")
+
+
+def upgrade(config: Config = None, url: Url = None) -> None:
+    """Bring the database to the form that this Kairos needs; while another one does, this waits.
+
+    Example: kairos db upgrade --config kairos.yaml
+    """
+    from kairos.scheduler_core.service.store import revisions
+
+    with opened(config, url) as store:
+        before = revisions.current(store)
+        revisions.upgrade(store)
+        typer.echo(f"{store.name}: {before or 'empty'} -> {revisions.head()}")
+
+
+def current(config: Config = None, url: Url = None, as_json: Json = False) -> None:
+    """Print the revision of the database, and the one that this Kairos needs.
+
+    Example: kairos db current --config kairos.yaml
+    """
+    from kairos.scheduler_core.service.store import revisions
+
+    with opened(config, url) as store:
+        found, needed = revisions.current(store), revisions.head()
+        if as_json:
+            typer.echo(json.dumps({"database": store.name, "current": found, "head": needed}))
+        else:
+            typer.echo(f"{store.name}: {found or 'empty'}, this Kairos needs {needed}")
+
+
+def forget(
+    config: Config = None,
+    url: Url = None,
+    tenant: Annotated[list[str] | None, typer.Option(help="Forget the ids of this tenant's requests.")] = None,
+    request: Annotated[list[str] | None, typer.Option(help="Forget the ids of this request.")] = None,
+    everyone: Annotated[bool, typer.Option("--all", help="Forget all tenant and request ids.")] = False,
+) -> None:
+    """Delete tenant and request ids; lengths and times stay.
+
+    Example: kairos db forget --config kairos.yaml --tenant acme
+    """
+    from kairos.scheduler_core.service.store import queries, revisions
+
+    if not (tenant or request or everyone):
+        raise ConfigError("nothing is named to be forgotten; give --tenant, --request or --all")
+    with opened(config, url) as store:
+        revisions.require_served(store)
+        rows = queries.forget(store, tenants=tenant or (), requests=request or (), everyone=everyone)
+        typer.echo(f"{store.name}: {rows} requests are of nobody now")
+
+
+@contextmanager
+def opened(config: Path | None, url: str | None) -> "Iterator[Store]":
+    """The database of an address or of a configuration.
+
+    Raises:
+        ConfigError: neither is given, or the configuration has none.
+    """
+    from kairos.scheduler_core.config import load_settings
+    from kairos.scheduler_core.service.store.session import Store
+
+    if url is None:
+        if config is None:
+            raise ConfigError("no database is named; give --config FILE, --url or KAIROS_STORE__URL")
+        settings = load_settings(config)
+        if settings.store is None:
+            raise ConfigError(f"{config} has no store; add store: {{url: sqlite:///PATH}}")
+        url = settings.store.url.get_secret_value()
+    store = Store(url)
+    try:
+        yield store
+    finally:
+        store.close()

@@ -1,0 +1,79 @@
+"""Reading the bodies of the routes that are plain ASGI: what the headers promise, and the bytes up to a limit."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Sequence
+
+import msgspec
+from starlette.datastructures import Headers
+from starlette.types import Receive
+
+from kairos.scheduler_core.errors import InputError, TooLargeError
+from kairos.scheduler_core.service.problems import problem_of
+from kairos.scheduler_core.service.schemas import Problem
+
+UNDECODABLE = (msgspec.DecodeError, UnicodeError, RecursionError)
+"""What a decoder of msgspec raises at a body that it cannot take."""
+
+
+def media_type(headers: Headers) -> str:
+    """What the body is said to be; JSON where nothing is said."""
+    return headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+
+
+def content_coding(headers: Headers) -> str:
+    """How the body is said to be compressed."""
+    return headers.get("content-encoding", "identity").strip().lower()
+
+
+def unreadable(headers: Headers, kinds: Sequence[str], codings: Sequence[str]) -> Problem | None:
+    """Why the body cannot be read, going by the headers."""
+    if (kind := media_type(headers)) not in kinds:
+        return problem_of(415, f"content type is '{kind}'; send {' or '.join(kinds)}")
+    if (coding := content_coding(headers)) not in codings:
+        return problem_of(415, f"content encoding is '{coding}'; send {' or '.join(codings)}")
+    return None
+
+
+async def read_body(headers: Headers, receive: Receive, most_bytes: int) -> bytes | None:
+    """The whole body; None when the client left.
+
+    Raises:
+        TooLargeError: it is longer than the limit, by its header or as it comes.
+    """
+    length = headers.get("content-length", "")
+    if length.isdecimal() and int(length[:18]) > most_bytes:
+        raise _too_large(most_bytes)
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > most_bytes:
+            raise _too_large(most_bytes)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def unzipped(body: bytes, most_bytes: int) -> bytes:
+    """What gzip made smaller.
+
+    Raises:
+        TooLargeError: it is longer than the limit.
+        InputError: it is not gzip, or not all of it.
+    """
+    try:
+        content = gzip.GzipFile(fileobj=io.BytesIO(body)).read(most_bytes + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"the body is not gzip: {' '.join(str(error).split())}; send all of it") from None
+    if len(content) > most_bytes:
+        raise _too_large(most_bytes)
+    return content
+
+
+def _too_large(most_bytes: int) -> TooLargeError:
+    return TooLargeError(f"the body is longer than {most_bytes} bytes; send less, or raise service.max_body_bytes")

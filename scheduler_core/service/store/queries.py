@@ -1,0 +1,399 @@
+"""What is asked of the database, one function a question, in the transaction of the connection that it is given."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+import numpy as np
+from sqlalchemy import ColumnElement, Connection, func, insert, or_, select, text, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import InstrumentedAttribute
+
+from kairos.scheduler_core.domain import Profile
+from kairos.scheduler_core.errors import ConflictError, UnknownNameError
+from kairos.scheduler_core.service.store.session import Store
+from kairos.scheduler_core.service.store.tables import (
+    Activation,
+    Batch,
+    Model,
+    Promotion,
+    Recording,
+    Request,
+    Step,
+    Strategy,
+    Table,
+)
+from kairos.scheduler_core.slo import FloatArray
+from kairos.scheduler_core.telemetry import PHASES, STEP_KINDS, RequestRow, StepKind, StepRow, Steps
+
+PAGE_ROWS = 10_000
+"""Rows read or changed in one transaction, so that none is long."""
+
+# -- telemetry in ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """Steps that are stored together or not at all."""
+
+    batch_id: str
+    digest: bytes
+    """16 bytes over what was sent."""
+    rows: Sequence[StepRow]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestBatch:
+    """Requests that are stored together or not at all."""
+
+    batch_id: str
+    digest: bytes
+    rows: Sequence[RequestRow]
+
+
+class Stored(NamedTuple):
+    """What became of a batch."""
+
+    rows: int
+    duplicate: bool
+    """It was stored before; `rows` is what was stored then."""
+
+
+def add_batch(connection: Connection, batch: StepBatch | RequestBatch) -> Stored:
+    """Store a batch, unless one of its id is there.
+
+    Raises:
+        ConflictError: one of its id is there, with other content.
+    """
+    if isinstance(batch, StepBatch):
+        key = _batch_key(connection, "steps", batch)
+        if isinstance(key, Stored):
+            return key
+        recordings = _recordings(connection, {_step_recording(row) for row in batch.rows})
+        _copy(connection, Step, _STEP_COLUMNS, (_step_values(key, recordings, row) for row in batch.rows))
+    else:
+        key = _batch_key(connection, "requests", batch)
+        if isinstance(key, Stored):
+            return key
+        recordings = _recordings(connection, {_request_recording(row) for row in batch.rows})
+        _copy(connection, Request, _REQUEST_COLUMNS, (_request_values(key, recordings, row) for row in batch.rows))
+    return Stored(len(batch.rows), duplicate=False)
+
+
+RecordingKey = tuple[str, str, str, int, int, str, str]
+"""gpu, model, precision, tp, ep, engine, run."""
+
+
+def _batch_key(connection: Connection, rows_of: str, batch: StepBatch | RequestBatch) -> int | Stored:
+    """The key of a new batch, or what was stored of it before."""
+    values = {"digest": batch.digest, "received_at": datetime.now(UTC), "stored": len(batch.rows)}
+    key = connection.scalar(
+        _insert_if_new(connection, Batch).values(rows_of=rows_of, batch_id=batch.batch_id, **values).returning(Batch.id)
+    )
+    if key is not None:
+        return int(key)
+    same_id = select(Batch.digest, Batch.stored).where(Batch.rows_of == rows_of, Batch.batch_id == batch.batch_id)
+    digest, stored = connection.execute(same_id).one()
+    if digest != batch.digest:
+        raise ConflictError(f"batch '{batch.batch_id}' was stored with other content; send this under another id")
+    return Stored(stored, duplicate=True)
+
+
+def _recordings(connection: Connection, wanted: Iterable[RecordingKey]) -> dict[RecordingKey, int]:
+    """Ids of recordings, made where they are new; in one order, so that two replicas do not wait for each other."""
+    ids: dict[RecordingKey, int] = {}
+    for key in sorted(wanted):
+        values = dict(zip(_RECORDING_COLUMNS, key, strict=True))
+        find = select(Recording.id).filter_by(**values)
+        if (found := connection.scalar(find)) is None:
+            connection.execute(_insert_if_new(connection, Recording).values(**values))
+            found = connection.scalars(find).one()
+        ids[key] = found
+    return ids
+
+
+_RECORDING_COLUMNS = ("gpu", "model", "precision", "tp", "ep", "engine", "run")
+
+
+def _step_recording(row: StepRow) -> RecordingKey:
+    return row.gpu, row.model, row.precision, row.tp, row.ep, row.engine, row.run
+
+
+def _request_recording(row: RequestRow) -> RecordingKey:
+    return row.gpu, row.model, row.precision, row.tp, row.ep, row.engine, row.trace
+
+
+_STEP_COLUMNS = (
+    *("batch", "step_s", "cached_tokens", "sum_context_tokens", "recording", "n_requests", "new_tokens", "batch_size"),
+    *("kind", "prev_phase", "noisy"),
+)
+_KIND_PLACE = {kind: place for place, kind in enumerate(STEP_KINDS)}
+_PHASE_PLACE = {phase: place for place, phase in enumerate(PHASES)}
+
+
+def _step_values(batch: int, recordings: dict[RecordingKey, int], row: StepRow) -> tuple[Any, ...]:
+    return (
+        batch,
+        row.latency_ms / 1e3,
+        row.cached_tokens,
+        row.sum_context_tokens,
+        recordings[_step_recording(row)],
+        row.n_requests,
+        row.new_tokens,
+        row.batch_size,
+        _KIND_PLACE[row.step_kind],
+        _PHASE_PLACE[row.prev_phase],
+        "noisy" in row.flag.split(";"),
+    )
+
+
+_REQUEST_COLUMNS = (
+    *("batch", "recording", "request_id", "tenant", "slo_class", "input_tokens", "output_tokens", "prefix_hit_ratio"),
+    *("kv_cache_usage", "requests_running", "requests_waiting", "prefill_tokens_in_flight"),
+    *("decode_tokens_in_flight", "model_version", "predicted_ttft_s", "predicted_tpot_s", "ttft_s", "tpot_s"),
+)
+
+
+def _request_values(batch: int, recordings: dict[RecordingKey, int], row: RequestRow) -> tuple[Any, ...]:
+    return (
+        batch,
+        recordings[_request_recording(row)],
+        row.request_id or None,
+        row.tenant or None,
+        row.slo_class,
+        row.input_tokens,
+        row.output_tokens,
+        row.prefix_hit_ratio,
+        row.kv_cache_usage,
+        row.requests_running,
+        row.requests_waiting,
+        row.prefill_tokens_in_flight,
+        row.decode_tokens_in_flight,
+        row.model_version,
+        _seconds(row.predicted_ttft_ms),
+        _seconds(row.predicted_tpot_ms),
+        _seconds(row.ttft_ms),
+        _seconds(row.tpot_ms),
+    )
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3
+
+
+def _insert_if_new(connection: Connection, table: type[Table]) -> postgresql.Insert | sqlite.Insert:
+    """An insert that leaves a row alone that is there."""
+    if connection.dialect.name == "postgresql":
+        return postgresql.insert(table).on_conflict_do_nothing()
+    return sqlite.insert(table).on_conflict_do_nothing()
+
+
+def _copy(connection: Connection, table: type[Table], columns: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> None:
+    """Many rows the fastest way: COPY, or one prepared statement of SQLite's."""
+    names = ", ".join(columns)
+    cursor: Any = connection.connection.cursor()  # the driver's own
+    if connection.dialect.name == "postgresql":
+        with cursor.copy(f"COPY {table.__tablename__} ({names}) FROM STDIN") as copy:
+            for row in rows:
+                copy.write_row(row)
+    else:
+        places = ", ".join("?" * len(columns))
+        cursor.executemany(f"INSERT INTO {table.__tablename__} ({names}) VALUES ({places})", rows)
+    cursor.close()
+
+
+# -- telemetry out ---------------------------------------------------------------------------------------------------
+
+
+def read_steps(store: Store, after: int = 0) -> tuple[list[Steps], int]:
+    """All steps with an id above `after`, by profile and kind, in the order they came; and the highest id.
+
+    Read in short transactions, so that writers never wait for a training. `run` is the recording's id.
+    """
+    pages: dict[tuple[int, int], list[FloatArray]] = {}
+    while True:
+        with store.read() as connection:
+            rows = connection.execute(
+                select(*_STEPS_OUT).where(Step.id > after).order_by(Step.id).limit(PAGE_ROWS)
+            ).all()
+        if not rows:
+            break
+        after = rows[-1].id
+        page = np.array([tuple(row) for row in rows], np.float64)
+        places = page[:, 1] * len(STEP_KINDS) + page[:, 2]  # recording and kind in one
+        for place in np.unique(places):
+            recording, kind = divmod(int(place), len(STEP_KINDS))
+            pages.setdefault((recording, kind), []).append(page[places == place])
+    with store.read() as connection:
+        profiles = {r.id: Profile(*r[1:7]) for r in connection.execute(select(Recording.__table__))}
+    groups: dict[tuple[Profile, StepKind], list[FloatArray]] = {}
+    for (recording, kind), parts in pages.items():
+        groups.setdefault((profiles[recording], STEP_KINDS[kind]), []).extend(parts)
+    ordered = sorted(groups.items(), key=lambda item: (item[0][0].profile_id, item[0][1]))
+    return [_steps_of(profile, kind, np.concatenate(parts)) for (profile, kind), parts in ordered], after
+
+
+_NUMBERS = ("step_s", "n_requests", "new_tokens", "cached_tokens", "batch_size", "sum_context_tokens")
+_STEPS_OUT = (Step.id, Step.recording, Step.kind, Step.prev_phase, Step.noisy, *(getattr(Step, n) for n in _NUMBERS))
+
+
+def _steps_of(profile: Profile, kind: StepKind, rows: FloatArray) -> Steps:
+    """Steps from (n, 11) numbers in the order of `_STEPS_OUT`, oldest first."""
+    rows = rows[np.argsort(rows[:, 0], kind="stable")]
+    columns = {column.key: rows[:, place] for place, column in enumerate(_STEPS_OUT)}
+    return Steps(
+        profile,
+        kind,
+        **{name: columns[name] for name in _NUMBERS},
+        prev_phase=columns["prev_phase"].astype(np.int64),
+        run=columns["recording"].astype(np.int64),
+        noisy=columns["noisy"] > 0,
+    )
+
+
+def forget(store: Store, *, tenants: Sequence[str] = (), requests: Sequence[str] = (), everyone: bool = False) -> int:
+    """Delete tenant and request ids of the requests of these tenants, of these requests, or of all; how many rows.
+
+    What is left tells lengths and times and of whom no longer. SQLite overwrites what it deletes; PostgreSQL does with
+    its next vacuum.
+    """
+    named: ColumnElement[bool] = or_(Request.tenant.in_(tenants), Request.request_id.in_(requests))
+    if everyone:
+        named = or_(Request.tenant.is_not(None), Request.request_id.is_not(None))
+    page = select(Request.id).where(named).limit(PAGE_ROWS)
+    total = 0
+    while True:
+        with store.write() as connection:
+            changed = connection.execute(
+                update(Request).where(Request.id.in_(page)).values(tenant=None, request_id=None)
+            ).rowcount
+        total += changed
+        if not changed:
+            store.shrink_log()
+            return total
+
+
+# -- models ----------------------------------------------------------------------------------------------------------
+
+
+class ServingModel(NamedTuple):
+    """The model that serves a profile."""
+
+    version: int
+    generation: int
+    """Of the promotion; of two, the higher one holds."""
+    schema_hash: str
+    trained_at: datetime
+
+
+def add_model(connection: Connection, profile_id: str, schema_hash: str, last_step: int, artifact: bytes) -> int:
+    """Keep a trained model; it serves once promoted. Its version within the profile."""
+    version = _next(connection, Model.version, Model.profile_id == profile_id)
+    values = {"schema_hash": schema_hash, "last_step": last_step, "artifact": artifact, "trained_at": datetime.now(UTC)}
+    connection.execute(insert(Model).values(profile_id=profile_id, version=version, **values))
+    return version
+
+
+def promote_model(connection: Connection, profile_id: str, version: int, reason: str) -> int:
+    """Let a version serve its profile, from now on; the generation. A rollback is the promotion of an older one.
+
+    Raises:
+        UnknownNameError: there is no such version.
+    """
+    model = _one_of(connection, "model", Model, Model.profile_id == profile_id, profile_id, version)
+    generation = _next(connection, Promotion.generation)
+    values = {"profile_id": profile_id, "model": model, "promoted_at": datetime.now(UTC), "reason": reason}
+    connection.execute(insert(Promotion).values(generation=generation, **values))
+    return generation
+
+
+def serving_models(connection: Connection) -> dict[str, ServingModel]:
+    """By profile id, the model that serves it."""
+    latest = select(func.max(Promotion.generation)).group_by(Promotion.profile_id)
+    found = connection.execute(
+        select(Promotion.profile_id, Model.version, Promotion.generation, Model.schema_hash, Model.trained_at)
+        .join(Model, Model.id == Promotion.model)
+        .where(Promotion.generation.in_(latest))
+    )
+    return {row[0]: ServingModel(*row[1:]) for row in found}
+
+
+def model_artifact(connection: Connection, profile_id: str, version: int) -> bytes:
+    """The bytes of a model, as `predictors.artifact` writes them.
+
+    Raises:
+        UnknownNameError: there is no such version.
+    """
+    model = _one_of(connection, "model", Model, Model.profile_id == profile_id, profile_id, version)
+    return connection.scalars(select(Model.artifact).where(Model.id == model)).one()
+
+
+# -- strategies ------------------------------------------------------------------------------------------------------
+
+
+class ActiveStrategy(NamedTuple):
+    """The strategy in use."""
+
+    name: str
+    version: int
+    generation: int
+    """Rises with every change; of two, the higher one holds."""
+    policies: dict[str, Any]
+
+
+def add_strategy(connection: Connection, name: str, policies: dict[str, Any]) -> int:
+    """Keep a version of a strategy, as the configuration writes it; it is used once activated. Its version."""
+    version = _next(connection, Strategy.version, Strategy.name == name)
+    connection.execute(
+        insert(Strategy).values(name=name, version=version, policies=policies, created_at=datetime.now(UTC))
+    )
+    return version
+
+
+def activate_strategy(connection: Connection, name: str, version: int) -> int:
+    """Use a version from now on; the generation. A rollback is the activation of an older one.
+
+    Raises:
+        UnknownNameError: there is no such version.
+    """
+    strategy = _one_of(connection, "strategy", Strategy, Strategy.name == name, name, version)
+    generation = _next(connection, Activation.generation)
+    connection.execute(
+        insert(Activation).values(generation=generation, strategy=strategy, activated_at=datetime.now(UTC))
+    )
+    return generation
+
+
+def active_strategy(connection: Connection) -> ActiveStrategy | None:
+    """The one of the highest generation; None: none was ever activated."""
+    row = connection.execute(
+        select(Strategy.name, Strategy.version, Activation.generation, Strategy.policies)
+        .join(Activation, Activation.strategy == Strategy.id)
+        .order_by(Activation.generation.desc())
+        .limit(1)
+    ).first()
+    return None if row is None else ActiveStrategy(*row)
+
+
+def _next(connection: Connection, column: InstrumentedAttribute[int], *where: ColumnElement[bool]) -> int:
+    """One above the highest number, which nobody else gets until this transaction ends."""
+    if connection.dialect.name == "postgresql":  # SQLite has the write lock
+        connection.execute(text(f"LOCK TABLE {column.class_.__tablename__} IN SHARE ROW EXCLUSIVE MODE"))
+    return (connection.scalar(select(func.max(column)).where(*where)) or 0) + 1
+
+
+def _one_of(
+    connection: Connection,
+    what: str,
+    table: type[Model] | type[Strategy],
+    named: ColumnElement[bool],
+    name: str,
+    version: int,
+) -> int:
+    """The id of a version."""
+    versions = {row.version: row.id for row in connection.execute(select(table.version, table.id).where(named))}
+    if version not in versions:
+        known = [f"{name} {number}" for number in versions]
+        raise UnknownNameError(f"{what} version", f"{name} {version}", known)
+    return int(versions[version])

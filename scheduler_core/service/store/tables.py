@@ -1,0 +1,204 @@
+"""Every table. Times are seconds, lengths tokens, dates UTC; migrations/ brings a database to this form.
+
+Steps are many and never read one by one, so they are small: numbers alone, and no foreign keys that the database would
+check row by row (batch and recording are written in the same transaction, before their rows).
+"""
+
+from datetime import UTC, datetime
+from typing import Any, ClassVar
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    DateTime,
+    Dialect,
+    Double,
+    ForeignKey,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    String,
+    TypeDecorator,
+    UniqueConstraint,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+NAMING = {
+    "pk": "pk_%(table_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_name)s",
+}
+
+Key = BigInteger().with_variant(Integer, "sqlite")
+"""SQLite numbers rows by itself only where the key is INTEGER."""
+
+
+class UtcDate(TypeDecorator[datetime]):
+    """A date in UTC; SQLite forgets the zone, this gives it back."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """To the database, in UTC."""
+        return None if value is None else value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """From the database, with its zone."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Table(DeclarativeBase):
+    """Base of all."""
+
+    metadata = MetaData(naming_convention=NAMING)
+    type_annotation_map: ClassVar[dict[Any, Any]] = {float: Double}
+
+
+class ServedRevision(Table):
+    """Revisions whose releases run on the database as it is: a migration adds its own, a contracting one removes."""
+
+    __tablename__ = "served_revisions"
+
+    revision: Mapped[str] = mapped_column(String(32), primary_key=True)
+
+
+class Batch(Table):
+    """A batch of telemetry that was acknowledged; the same id again is answered from here."""
+
+    __tablename__ = "telemetry_batches"
+    __table_args__ = (UniqueConstraint("rows_of", "batch_id"),)
+
+    id: Mapped[int] = mapped_column(Key, primary_key=True)
+    rows_of: Mapped[str] = mapped_column(String(16))
+    """Its kind: steps or requests."""
+    batch_id: Mapped[str] = mapped_column(String(256))
+    digest: Mapped[bytes] = mapped_column(LargeBinary(16))
+    """Of what was sent: the same id with other content is refused."""
+    received_at: Mapped[datetime] = mapped_column(UtcDate)
+    stored: Mapped[int] = mapped_column(Integer)
+    """Rows."""
+
+
+class Recording(Table):
+    """One profile in one recording: what steps and requests have in common, written once."""
+
+    __tablename__ = "recordings"
+    __table_args__ = (UniqueConstraint("gpu", "model", "precision", "tp", "ep", "engine", "run", name="uq_recordings"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    gpu: Mapped[str] = mapped_column(String(128))
+    model: Mapped[str] = mapped_column(String(128))
+    precision: Mapped[str] = mapped_column(String(128))
+    tp: Mapped[int] = mapped_column(Integer)
+    ep: Mapped[int] = mapped_column(Integer)
+    engine: Mapped[str] = mapped_column(String(128))
+    run: Mapped[str] = mapped_column(String(128))
+
+
+class Step(Table):
+    """One step of an engine; `scheduler_core.telemetry.StepRecord` says what the fields mean."""
+
+    __tablename__ = "steps"
+
+    id: Mapped[int] = mapped_column(Key, primary_key=True)
+    batch: Mapped[int] = mapped_column(Key)
+    step_s: Mapped[float]
+    cached_tokens: Mapped[int] = mapped_column(BigInteger)
+    sum_context_tokens: Mapped[int] = mapped_column(BigInteger)
+    recording: Mapped[int] = mapped_column(Integer)
+    n_requests: Mapped[int] = mapped_column(Integer)
+    new_tokens: Mapped[int] = mapped_column(Integer)
+    batch_size: Mapped[int] = mapped_column(Integer)
+    kind: Mapped[int] = mapped_column(SmallInteger)
+    """Place in STEP_KINDS."""
+    prev_phase: Mapped[int] = mapped_column(SmallInteger)
+    """Place in PHASES."""
+    noisy: Mapped[bool]
+
+
+class Request(Table):
+    """One request that has ended: the prediction paired to the outcome. Lengths and times, never its content."""
+
+    __tablename__ = "requests"
+
+    id: Mapped[int] = mapped_column(Key, primary_key=True)
+    batch: Mapped[int] = mapped_column(Key)
+    recording: Mapped[int] = mapped_column(Integer)
+    request_id: Mapped[str | None] = mapped_column(String(256), index=True)
+    """Null: not told, or forgotten."""
+    tenant: Mapped[str | None] = mapped_column(String(128), index=True)
+    slo_class: Mapped[str] = mapped_column(String(128))
+    input_tokens: Mapped[int] = mapped_column(Integer)
+    output_tokens: Mapped[int | None] = mapped_column(Integer)
+    prefix_hit_ratio: Mapped[float]
+    kv_cache_usage: Mapped[float]
+    requests_running: Mapped[int] = mapped_column(Integer)
+    requests_waiting: Mapped[int] = mapped_column(Integer)
+    prefill_tokens_in_flight: Mapped[int] = mapped_column(BigInteger)
+    decode_tokens_in_flight: Mapped[int] = mapped_column(BigInteger)
+    model_version: Mapped[str] = mapped_column(String(128))
+    """Of the model that predicted; empty: none did."""
+    predicted_ttft_s: Mapped[float | None]
+    predicted_tpot_s: Mapped[float | None]
+    ttft_s: Mapped[float | None]
+    tpot_s: Mapped[float | None]
+
+
+class Model(Table):
+    """A trained predictor of one profile, as the bytes of its artifact."""
+
+    __tablename__ = "models"
+    __table_args__ = (UniqueConstraint("profile_id", "version"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    profile_id: Mapped[str] = mapped_column(String(1600))
+    version: Mapped[int] = mapped_column(Integer)
+    """From 1, within the profile."""
+    schema_hash: Mapped[str] = mapped_column(String(64))
+    """Of the features it was trained on."""
+    trained_at: Mapped[datetime] = mapped_column(UtcDate)
+    last_step: Mapped[int] = mapped_column(Key)
+    """Id of the last step it learned from: later ones may judge it."""
+    artifact: Mapped[bytes] = mapped_column(LargeBinary)
+
+
+class Promotion(Table):
+    """Since when a model serves its profile; the one of the highest generation does. A rollback is one more."""
+
+    __tablename__ = "promotions"
+
+    generation: Mapped[int] = mapped_column(Key, primary_key=True, autoincrement=False)
+    profile_id: Mapped[str] = mapped_column(String(1600))
+    model: Mapped[int] = mapped_column(ForeignKey("models.id"))
+    promoted_at: Mapped[datetime] = mapped_column(UtcDate)
+    reason: Mapped[str] = mapped_column(String(1024))
+
+
+class Strategy(Table):
+    """A version of a strategy; it never changes, a change is a new version."""
+
+    __tablename__ = "strategies"
+    __table_args__ = (UniqueConstraint("name", "version"),)
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    name: Mapped[str] = mapped_column(String(256))
+    version: Mapped[int] = mapped_column(Integer)
+    """From 1, within the name."""
+    policies: Mapped[dict[str, Any]] = mapped_column(JSON)
+    """As in the configuration: a policy for each kind."""
+    created_at: Mapped[datetime] = mapped_column(UtcDate)
+
+
+class Activation(Table):
+    """Since when a strategy is the active one: the highest generation is. A rollback is one more."""
+
+    __tablename__ = "activations"
+
+    generation: Mapped[int] = mapped_column(Key, primary_key=True, autoincrement=False)
+    strategy: Mapped[int] = mapped_column(ForeignKey("strategies.id"))
+    activated_at: Mapped[datetime] = mapped_column(UtcDate)

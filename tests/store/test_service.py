@@ -1,0 +1,139 @@
+"""The service on a database as a process, its settings, and its OpenAPI document under schemathesis."""
+
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from command_line import kairos
+from hypothesis import HealthCheck, Phase, settings
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from service.snapshots import call, settings_of
+from sqlalchemy import func, select
+from store.rows import decode_step, request
+
+from kairos.scheduler_core.config import load_settings
+from kairos.scheduler_core.errors import ConfigError
+from kairos.scheduler_core.service.app import create_app
+from kairos.scheduler_core.service.store.session import Store
+from kairos.scheduler_core.service.store.tables import Step
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "examples" / "kairos.yaml"
+SERVE = [sys.executable, "-c", "from kairos.adapters.cli import main; main()", "serve", "--config", str(CONFIG)]
+
+
+@contextmanager
+def served(url: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    """A running service on a database: its address, and the process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {"KAIROS_STORE__URL": url, "PATH": "/usr/bin:/bin"}
+    process = subprocess.Popen([*SERVE, "--port", str(port)], stderr=subprocess.PIPE, text=True, env=environment)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            assert process.poll() is None, process.communicate()[1]
+            try:
+                httpx.get(f"{address}/readyz").raise_for_status()
+                break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        yield address, process
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
+
+
+def test_a_restart_keeps_what_was_acknowledged(empty: Store, url: str) -> None:
+    if not empty.embedded:
+        assert kairos("db", "upgrade", "--url", url).code == 0
+    with served(url) as (address, process):
+        first = httpx.post(f"{address}/telemetry/steps", json={"batch_id": "b", "rows": [decode_step()] * 100})
+        process.send_signal(signal.SIGKILL)
+    with served(url) as (address, _):
+        again = httpx.post(f"{address}/telemetry/steps", json={"batch_id": "b", "rows": [decode_step()] * 100})
+        more = httpx.post(f"{address}/telemetry/requests", json=[request()])
+
+    assert (first.json()["stored"], first.json()["duplicate"]) == (100, False)
+    assert (again.json()["stored"], again.json()["duplicate"]) == (100, True)
+    assert more.json()["stored"] == 1
+    with empty.read() as connection:
+        assert connection.scalars(select(func.count()).select_from(Step)).one() == 100
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_a_shared_database_that_nobody_upgraded_ends_the_service_with_what_to_run(url: str) -> None:
+    ended = subprocess.run(SERVE, capture_output=True, text=True, env={"KAIROS_STORE__URL": url}, timeout=60)
+
+    assert ended.returncode == 1
+    assert "at revision none, this Kairos needs 0001; run kairos db upgrade" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_address_is_shown_nowhere(tmp_path: Path) -> None:
+    path = tmp_path / "kairos.yaml"
+    path.write_text(CONFIG.read_text() + "\nstore: {url: 'postgresql://a:geheim@h/x', queued_rows: 5}\n")
+    told = kairos("config", "check", path, "--json")
+
+    assert (told.code, "geheim" in told.stdout + told.stderr) == (0, False)
+    assert "geheim" not in repr(load_settings(path, {}))
+    assert load_settings(path, {"KAIROS_STORE__URL": "sqlite:///b.db"}).store.url.get_secret_value() == "sqlite:///b.db"  # type: ignore[union-attr]
+
+
+def test_a_wrong_setting_of_the_store_is_named_without_its_address(tmp_path: Path) -> None:
+    path = tmp_path / "kairos.yaml"
+    path.write_text(CONFIG.read_text() + "\nstore: {url: 'postgresql://a:geheim@h/x', queued_rows: 0}\n")
+
+    with pytest.raises(ConfigError, match=r"store.queued_rows") as raised:
+        load_settings(path, {})
+    assert "geheim" not in str(raised.value)
+
+
+_FOLDER = tempfile.TemporaryDirectory()
+APP = create_app(settings_of(store={"url": f"sqlite:///{_FOLDER.name}/kairos.db"}))
+DOCUMENT: dict[str, Any] = call(APP, "GET", "/openapi.json").json()
+
+
+@pytest.mark.parametrize("name", ["steps", "requests"])
+def test_the_routes_are_described_with_their_bodies_and_problems(name: str) -> None:
+    operation = DOCUMENT["paths"][f"/telemetry/{name}"]["post"]
+
+    assert sorted(operation["responses"]) == ["200", "400", "409", "413", "415", "422", "429", "503"]
+    assert operation["responses"]["200"]["content"]["application/json"]["schema"] == {
+        "$ref": "#/components/schemas/TelemetryAnswer"
+    }
+
+
+def test_every_reference_of_the_document_leads_somewhere() -> None:
+    text = str(DOCUMENT)
+    known = {f"#/components/schemas/{name}" for name in DOCUMENT["components"]["schemas"]}
+
+    assert {part.split("'")[0] for part in text.split("'$ref': '")[1:]} <= known
+
+
+schema = schemathesis.openapi.from_asgi("/openapi.json", APP).include(path_regex="/telemetry/")
+
+
+@schema.parametrize()
+@settings(
+    max_examples=50,
+    derandomize=True,
+    deadline=None,
+    phases=[Phase.explicit, Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+def test_whatever_the_schema_allows_or_forbids_is_answered_as_it_says(case: schemathesis.Case[Any]) -> None:
+    # what a step needs depends on other fields, which a schema cannot say: hence no check that whatever fits the schema
+    # is accepted; and rows that do not fit do not make the others be refused
+    case.call_and_validate(excluded_checks=[positive_data_acceptance, schemathesis.checks.negative_data_rejection])
