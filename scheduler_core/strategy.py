@@ -1,5 +1,6 @@
 """A strategy: a named bundle of one policy of each kind, deployed and compared as one."""
 
+import inspect
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -59,15 +60,24 @@ class Strategy(msgspec.Struct, frozen=True):
             UnknownPolicyError, ConfigError: as `build_policy`.
         """
         build_prefill(self.prefill)
-        others: tuple[tuple[PolicyKind, PolicyChoice], ...] = (
+        for kind, choice in self.choices():
+            if kind != "prefill":
+                build_policy(kind, choice.name, choice.parameters)
+        return self
+
+    def choices(self) -> tuple[tuple[PolicyKind, PolicyChoice], ...]:
+        """The policy of each kind."""
+        return (
+            ("prefill", self.prefill),
             ("prefill_placement", self.prefill_placement),
             ("decode_placement", self.decode_placement),
             ("decode", self.decode),
             ("admission", self.admission),
         )
-        for kind, choice in others:
-            build_policy(kind, choice.name, choice.parameters)
-        return self
+
+    def sources(self) -> list[str]:
+        """The files that its policies are written in."""
+        return [inspect.getfile(policy_class(kind, choice.name)) for kind, choice in self.choices()]
 
 
 class PrefillRule(msgspec.Struct, frozen=True):

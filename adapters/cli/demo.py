@@ -216,10 +216,11 @@ def _compare(scenarios: list["Scenario"], out: Path, command: str) -> dict[str, 
 
     plan = Plan(scenarios, STRATEGIES, range(SEEDS), Knobs(noise=NOISE))
     began_s = time.monotonic()
-    typer.echo(f"{plan.runs} runs, one to two minutes ...", err=True)
-    with progress(f"{plan.runs} runs", plan.runs) as advance:
+    runs = len(plan.runs())
+    typer.echo(f"{runs} runs, one to two minutes ...", err=True)
+    with progress(f"{runs} runs", runs) as advance:
         results = compare(plan, out, command, -1, advance)
-    typer.echo(f"{plan.runs} runs in {time.monotonic() - began_s:.0f} s", err=True)
+    typer.echo(f"{runs} runs in {time.monotonic() - began_s:.0f} s", err=True)
     write_report(results, out / "report.html")
     return results
 

@@ -99,7 +99,11 @@ def compare(
     out: Out,
     strategies: Annotated[str, typer.Option(help="Names or expressions, comma-separated; the first is the baseline.")],
     loads: Annotated[str | None, typer.Option(help="Prefill loads, comma-separated; default: as recorded.")] = None,
-    decode_loads: Annotated[str | None, typer.Option(help="Shares of the decode SLO capacity instead.")] = None,
+    decode_loads: Annotated[
+        str | None,
+        typer.Option("--decode-loads", "--decode-load", help="Shares of the decode SLO capacity, comma-separated."),
+    ] = None,
+    time_scale: TimeScale = None,
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0.", min=1)] = 5,
     target: Annotated[list[str] | None, typer.Option(help="As of simulate; may be given several times.")] = None,
     jitter: Jitter = 0.0,
@@ -124,14 +128,12 @@ def compare(
     from kairos.adapters.simulator.scenario import Scenario
     from kairos.scheduler_core.strategy import split_strategies
 
-    if loads and decode_loads:
-        raise ConfigError("--loads and --decode-loads both scale time; give one of them")
     names = list(dict.fromkeys(split_strategies(strategies)))
     if not names:
         raise ConfigError("--strategies is empty; name at least one, e.g. engine-default,kairos")
     targets: list[str | None] = [*target] if target else [None]
     scenarios = [
-        Scenario(trace, fleet, one_target, load, decode_load, None, jitter, jitter_seed, duration)
+        Scenario(trace, fleet, one_target, load, decode_load, time_scale, jitter, jitter_seed, duration)
         for trace in traces
         for one_target in targets
         for load in (_numbers("--loads", loads) if loads else [None])
@@ -139,7 +141,8 @@ def compare(
     ]
     knobs = _knobs(fleet, deferred_share, 0, noise, predictor_error, stages)
     plan = Plan(scenarios, names, range(seeds), knobs)
-    with progress(f"{plan.runs} runs", plan.runs) as advance:
+    runs = len(plan.runs())
+    with progress(f"{runs} runs", runs) as advance:
         results = run_all(plan, out, _command(), jobs, advance)
     report = out / "report.html"
     write_report(results, report)

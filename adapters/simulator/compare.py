@@ -12,7 +12,7 @@ import pickle
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +53,14 @@ class Plan:
     seeds: Sequence[int]
     knobs: Knobs
 
-    @property
-    def runs(self) -> int:
-        """How many runs that is."""
-        return len(self.scenarios) * len(self.strategies) * len(self.seeds)
+    def seeded(self, seed: int) -> Knobs:
+        """The knobs of a seed; without noise and errors all seeds are the same run."""
+        return replace(self.knobs, seed=seed if self.knobs.noise or self.knobs.predictor_error else 0)
+
+    def runs(self) -> list[tuple[Scenario, str, Knobs]]:
+        """Every run that is needed, once."""
+        wanted = product(self.scenarios, self.strategies, map(self.seeded, self.seeds))
+        return list(dict.fromkeys(wanted))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +94,7 @@ def compare(plan: Plan, out: Path, command: str, jobs: int, progress: Callable[[
             strategy_of(settings_of(scenario.fleet), text)
     folder = out / "runs"
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = [
-        joblib.delayed(_run)(scenario, text, replace(plan.knobs, seed=seed), folder)
-        for scenario in plan.scenarios
-        for text in plan.strategies
-        for seed in plan.seeds
-    ]
+    tasks = [joblib.delayed(_run)(*run, folder) for run in plan.runs()]
     ended = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered")(tasks)
     for count, _ in enumerate(ended, start=1):
         progress(count)
@@ -117,6 +116,7 @@ def _file_of(scenario: Scenario, strategy: str, knobs: Knobs, folder: Path) -> P
         "settings": settings.model_dump(mode="json"),
         "models": {name: _digest(Path(times.model)) for name, times in _step_times(settings) if times.model},
         "strategy": strategy_of(settings, strategy).text,
+        "policies": [_digest(Path(file)) for file in strategy_of(settings, strategy).sources()],
         "knobs": asdict(knobs),
     }
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
@@ -198,8 +198,7 @@ def _results(plan: Plan, folder: Path, command: str) -> dict[str, Any]:
             "load": scenario.level,
         }
         runs = {
-            text: [_kept(scenario, text, replace(plan.knobs, seed=seed), folder) for seed in plan.seeds]
-            for text in plan.strategies
+            text: [_kept(scenario, text, plan.seeded(seed), folder) for seed in plan.seeds] for text in plan.strategies
         }
         tables = {text: [run.table for run in kept] for text, kept in runs.items()}
         blocks = evidence.time_blocks(tables[plan.strategies[0]])
@@ -263,7 +262,7 @@ def _fallback_notes(strategy: str, kept: Sequence[Kept]) -> Iterator[str]:
 
 def _bound(scenario: Scenario, plan: Plan, seed: int) -> float:
     workload = workload_of(scenario)
-    return ttft_bound(workload, fleet_of(scenario.fleet), replace(plan.knobs, seed=seed)) / len(workload)
+    return ttft_bound(workload, fleet_of(scenario.fleet), plan.seeded(seed)) / len(workload)
 
 
 def _distributions(tables: Sequence[RequestTable]) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def test_a_request_longer_than_any_kv_capacity_is_served_alone_and_counted(simul
     ("options", "says"),
     [
         (("--loads", "0.7,high"), "'0.7,high'"),
-        (("--loads", "0.7", "--decode-loads", "0.5"), "--loads and --decode-loads"),
+        (("--loads", "0.7", "--decode-loads", "0.5"), "--load and --decode-load"),
         (("--loads", "-1"), "-1"),
         (("--loads", "0"), "0"),
         (("--loads", "nan"), "nan"),
