@@ -13,6 +13,9 @@ import msgspec
 
 from kairos.scheduler_core.slo import NO_TARGET_S
 
+UNLIMITED_TOKENS = 2**62
+"""A capacity, in tokens or requests, that nothing reaches."""
+
 RequestId = int | str
 """Opaque. Within one queue all ids are of one type, since ties go to the lowest."""
 
@@ -191,8 +194,8 @@ class DecodeInstance(msgspec.Struct, frozen=True):
     step_times: StepTimes
     max_batch: int = 64
     """The cap that `continuous` and `capped` keep."""
-    kv_tokens: int = 2**62
-    batch_limit: int = 2**62
+    kv_tokens: int = UNLIMITED_TOKENS
+    batch_limit: int = UNLIMITED_TOKENS
     """What the engine can hold at all."""
     control: Control = Control.ENGINE
 

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from builders import decode_instance, prefill_instance, step_times
 
-from kairos.adapters.simulator.fleet import UNLIMITED_TOKENS, DecodeUnit, PrefillUnit, SimulatedFleet
+from kairos.adapters.simulator.fleet import DecodeUnit, PrefillUnit, SimulatedFleet
 from kairos.adapters.simulator.tables import Workload
 from kairos.scheduler_core.config import Handover, KvTransfer
-from kairos.scheduler_core.domain import Control, StepTimes
+from kairos.scheduler_core.domain import UNLIMITED_TOKENS, Control, StepTimes
 
 
 def workload(

@@ -4,13 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from kairos.scheduler_core.config import DecodeGroup, Group, Handover, KvTransfer, PrefillGroup, Settings
-from kairos.scheduler_core.domain import DecodeInstance, PrefillInstance, StepTimes
+from kairos.scheduler_core.config import DecodeGroup, Handover, KvTransfer, PrefillGroup, Settings
+from kairos.scheduler_core.domain import UNLIMITED_TOKENS, DecodeInstance, PrefillInstance, StepTimes
 
 StepTimesOf = Callable[[Settings, str], StepTimes]
 """The step times of a profile of the configuration, by its name there."""
-
-UNLIMITED_TOKENS = 2**62
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +61,7 @@ def _prefill_unit(settings: Settings, group: PrefillGroup, times: StepTimes, ind
     )
     return PrefillUnit(
         instance,
-        _serves(settings, group),
+        frozenset(settings.served_models(group)),
         (group.kv_tokens or 0) if group.prefix_cache else 0,
         group.kv_held_tokens or UNLIMITED_TOKENS,
     )
@@ -78,8 +76,4 @@ def _decode_unit(settings: Settings, group: DecodeGroup, times: StepTimes, index
         group.batch_limit or UNLIMITED_TOKENS,
         group.control,
     )
-    return DecodeUnit(instance, _serves(settings, group), group.swap_out)
-
-
-def _serves(settings: Settings, group: Group) -> frozenset[str]:
-    return frozenset(group.serves or (settings.profiles[group.profile].model,)) | frozenset(group.adapters)
+    return DecodeUnit(instance, frozenset(settings.served_models(group)), group.swap_out)

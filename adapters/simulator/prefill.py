@@ -9,7 +9,7 @@ from kairos.adapters.simulator.prefix_cache import PrefixCache
 from kairos.adapters.simulator.tables import Workload
 from kairos.scheduler_core.decider import Decider, PrefillLane
 from kairos.scheduler_core.decision import PrefillDecision
-from kairos.scheduler_core.domain import Part, Waiting
+from kairos.scheduler_core.domain import UNLIMITED_TOKENS, Part, Waiting
 from kairos.scheduler_core.policy import Peer, PrefillLoad
 from kairos.scheduler_core.queue import WaitingQueue
 
@@ -67,7 +67,7 @@ class PrefillRun:
         """The decision with what is cached now, which may be more or less than on arrival."""
         if self.cache is None or self._block_ids is None:
             return decision
-        budget = self.unit.instance.chunk_tokens or 2**62
+        budget = self.unit.instance.chunk_tokens or UNLIMITED_TOKENS
         requests, parts = [], []
         for request in decision.requests:
             fresh = request if request.prefilled_tokens else self._refreshed(request, errors)

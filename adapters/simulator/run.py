@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
 import numpy as np
 
 from kairos.adapters.simulator.decode import DecodeRun
@@ -22,7 +23,7 @@ from kairos.adapters.simulator.prefill import Pool, PrefillRun, pools_of
 from kairos.adapters.simulator.tables import RequestTable, Workload
 from kairos.scheduler_core import slo
 from kairos.scheduler_core.decider import Decider
-from kairos.scheduler_core.domain import DecodeInstance, Resident, Waiting
+from kairos.scheduler_core.domain import UNLIMITED_TOKENS, Resident, Waiting
 from kairos.scheduler_core.policy import AdmissionView, DecodeLoad, DecodePlacementView, PrefillPlacementView
 from kairos.scheduler_core.strategy import Strategy, not_applied
 
@@ -121,26 +122,15 @@ class _Simulation:
         self.no_server = 0
 
     def _decode_run(self, index: int) -> DecodeRun:
-        unit = self.fleet.decode[index]
-        knobs = self.knobs
+        unit, knobs = self.fleet.decode[index], self.knobs
         times = unit.instance.step_times
-        told = PredictedStepTimes(times, StepNoise(knobs.seed, "decode error", index, knobs.predictor_error))
-        real = unit.instance
-        instance = (
-            real
-            if knobs.predictor_error == 0
-            else DecodeInstance(real.instance_id, told, real.max_batch, real.kv_tokens, real.batch_limit, real.control)
-        )
-        return DecodeRun(
-            index,
-            instance,
-            times,
-            unit,
-            self.decider,
-            StepNoise(knobs.seed, "decode noise", index, knobs.noise),
-            self.outcome,
-            told if knobs.predictor_error else None,
-        )
+        told = None
+        instance = unit.instance
+        if knobs.predictor_error:
+            told = PredictedStepTimes(times, StepNoise(knobs.seed, "decode error", index, knobs.predictor_error))
+            instance = msgspec.structs.replace(instance, step_times=told)
+        noise = StepNoise(knobs.seed, "decode noise", index, knobs.noise)
+        return DecodeRun(index, instance, times, unit, self.decider, noise, self.outcome, told)
 
     def run(self) -> Run:
         """Go through all instants."""
@@ -381,7 +371,7 @@ class _Simulation:
             prefill = run.holders.pop(row, None)
             if prefill is not None:
                 prefill.held_tokens -= self.prompt_tokens[row]
-                if prefill.unit.kv_held_tokens < 2**62:
+                if prefill.unit.kv_held_tokens < UNLIMITED_TOKENS:
                     self.prefill_stirred = True
         end_s = run.begin(now_s)
         heapq.heappush(self.events, (end_s, _DECODE_END, run.index, None))

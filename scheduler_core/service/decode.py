@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from kairos.scheduler_core.decider import Decider, decode_view
 from kairos.scheduler_core.decision import Reason
-from kairos.scheduler_core.domain import DecodeInstance, Resident, StepTimes
+from kairos.scheduler_core.domain import UNLIMITED_TOKENS, DecodeInstance, Resident, StepTimes
 from kairos.scheduler_core.policy import DecodeLoad, DecodePlacementView, DecodePolicy
 from kairos.scheduler_core.service.schemas import (
     DecodeAnswer,
@@ -22,8 +22,6 @@ from kairos.scheduler_core.service.schemas import (
     WaitingRequest,
 )
 from kairos.scheduler_core.slo import NO_TARGET_S, token_deadline_s, ttft_deadline_s
-
-UNLIMITED_TOKENS = 2**62
 
 Targets = Callable[[str], tuple[float, float]]
 """TTFT and TPOT targets of an SLO class; inf without one."""

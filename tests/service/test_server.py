@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -12,36 +11,20 @@ from pathlib import Path
 import httpx
 import pytest
 from service.snapshots import prefill, snapshot, waits
+from serving import SERVE, served
 
 import kairos
 from kairos.scheduler_core.service import schemas
 from kairos.scheduler_core.telemetry import RequestRow, StepRow
 
 ROOT = Path(kairos.__file__).parents[2]
-CONFIG = ROOT / "examples" / "kairos.yaml"
-SERVE = [sys.executable, "-c", "from kairos.adapters.cli import main; main()", "serve", "--config", str(CONFIG)]
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """A running server, on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen([*SERVE, "--port", str(port)], stderr=subprocess.PIPE, text=True)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            assert process.poll() is None, process.communicate()[1]
-            try:
-                httpx.get(f"{address}/readyz").raise_for_status()
-                break
-            except httpx.TransportError:
-                time.sleep(0.1)
+    with served() as (address, _):
         yield address
-    finally:
-        process.terminate()
-        process.communicate(timeout=20)
 
 
 def test_a_server_answers_a_snapshot_over_http(url: str) -> None:

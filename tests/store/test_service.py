@@ -1,13 +1,8 @@
 """The service on a database as a process, its settings, and its OpenAPI document under schemathesis."""
 
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +13,7 @@ from command_line import kairos
 from hypothesis import HealthCheck, Phase, settings
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from service.snapshots import call, settings_of
+from serving import CONFIG, SERVE, served
 from sqlalchemy import func, select
 from store.rows import decode_step, request
 
@@ -27,41 +23,19 @@ from kairos.scheduler_core.service.app import create_app
 from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.tables import Step
 
-ROOT = Path(__file__).parents[2]
-CONFIG = ROOT / "examples" / "kairos.yaml"
-SERVE = [sys.executable, "-c", "from kairos.adapters.cli import main; main()", "serve", "--config", str(CONFIG)]
 
-
-@contextmanager
-def served(url: str) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
-    """A running service on a database: its address, and the process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {"KAIROS_STORE__URL": url, "PATH": "/usr/bin:/bin"}
-    process = subprocess.Popen([*SERVE, "--port", str(port)], stderr=subprocess.PIPE, text=True, env=environment)
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(300):
-            assert process.poll() is None, process.communicate()[1]
-            try:
-                httpx.get(f"{address}/readyz").raise_for_status()
-                break
-            except httpx.TransportError:
-                time.sleep(0.1)
-        yield address, process
-    finally:
-        process.terminate()
-        process.communicate(timeout=20)
+def on(url: str) -> dict[str, str]:
+    """The environment of a service on a database."""
+    return {"KAIROS_STORE__URL": url, "PATH": "/usr/bin:/bin"}
 
 
 def test_a_restart_keeps_what_was_acknowledged(empty: Store, url: str) -> None:
     if not empty.embedded:
         assert kairos("db", "upgrade", "--url", url).code == 0
-    with served(url) as (address, process):
+    with served(on(url)) as (address, process):
         first = httpx.post(f"{address}/telemetry/steps", json={"batch_id": "b", "rows": [decode_step()] * 100})
         process.send_signal(signal.SIGKILL)
-    with served(url) as (address, _):
+    with served(on(url)) as (address, _):
         again = httpx.post(f"{address}/telemetry/steps", json={"batch_id": "b", "rows": [decode_step()] * 100})
         more = httpx.post(f"{address}/telemetry/requests", json=[request()])
 

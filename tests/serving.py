@@ -1,0 +1,36 @@
+"""`kairos serve` as a process of its own."""
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+CONFIG = Path(__file__).parents[1] / "examples" / "kairos.yaml"
+SERVE = [sys.executable, "-c", "from kairos.adapters.cli import main; main()", "serve", "--config", str(CONFIG)]
+
+
+@contextmanager
+def served(environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+    """A running service on a free port: its address, and the process. Environment None: this process's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([*SERVE, "--port", str(port)], stderr=subprocess.PIPE, text=True, env=environment)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            assert process.poll() is None, process.communicate()[1]
+            try:
+                httpx.get(f"{address}/readyz").raise_for_status()
+                break
+            except httpx.TransportError:
+                time.sleep(0.1)
+        yield address, process
+    finally:
+        process.terminate()
+        process.communicate(timeout=20)
