@@ -1,7 +1,7 @@
 """The control plane as a FastAPI application: routes, the errors' one shape, and its OpenAPI document."""
 
 import ipaddress
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -13,11 +13,13 @@ import kairos
 from kairos.scheduler_core.config import Settings, StoreSettings
 from kairos.scheduler_core.errors import ConfigError, KairosError
 from kairos.scheduler_core.service.openapi import openapi_of
+from kairos.scheduler_core.service.plane import Database, Part, Plane
 from kairos.scheduler_core.service.problems import on_bug, on_http_error, on_kairos_error
 from kairos.scheduler_core.service.routes.overview import overview_router
 from kairos.scheduler_core.service.routes.schedule import schedule_route
 from kairos.scheduler_core.service.routes.telemetry import telemetry_routes
 from kairos.scheduler_core.service.schedule import Scheduler
+from kairos.scheduler_core.service.store.changes import Changes
 from kairos.scheduler_core.service.store.revisions import require_served
 from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.writer import Writer
@@ -32,14 +34,14 @@ def create_app(settings: Settings) -> FastAPI:
     """
     strategies = {name: choice.as_strategy(name).check() for name, choice in settings.strategies.items()}
     scheduler = Scheduler(settings, strategies)
-    store, writer = _opened(settings.store)
+    plane = Plane(settings, scheduler, _opened(settings.store))
+    parts = _parts(plane)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await to_thread.run_sync(_start, plane, parts)
         yield
-        if store and writer:
-            await to_thread.run_sync(writer.drain)
-            store.close()
+        await to_thread.run_sync(_stop, plane, parts)
 
     app = FastAPI(
         title="Kairos",
@@ -48,9 +50,12 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.router.routes.append(schedule_route(scheduler.schedule, settings.service.max_body_bytes))
-    if writer:
-        app.router.routes.extend(telemetry_routes(writer, settings.service.max_body_bytes))
-    app.include_router(overview_router(scheduler, store), tags=["overview"])
+    database = plane.database
+    if database:
+        app.router.routes.extend(telemetry_routes(database.writer, settings.service.max_body_bytes))
+    app.include_router(overview_router(scheduler, database.store if database else None), tags=["overview"])
+    for part in parts:
+        app.router.routes.extend(part.routes())
     app.add_exception_handler(KairosError, on_kairos_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_bug)
@@ -58,20 +63,42 @@ def create_app(settings: Settings) -> FastAPI:
 
     def openapi() -> dict[str, Any]:
         if not document:
-            document.update(openapi_of(app, telemetry=writer is not None))
+            document.update(openapi_of(app, telemetry=database is not None))
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
     return app
 
 
-def _opened(settings: StoreSettings | None) -> tuple[Store, Writer] | tuple[None, None]:
-    """The database of the configuration, in the form that this Kairos needs, and who writes into it."""
+def _parts(plane: Plane) -> list[Part]:
+    """Everything beside `/schedule` and telemetry, in the order in which it starts."""
+    return []
+
+
+def _start(plane: Plane, parts: Sequence[Part]) -> None:
+    for part in parts:
+        part.start()
+    if plane.database:
+        plane.database.changes.start()
+
+
+def _stop(plane: Plane, parts: Sequence[Part]) -> None:
+    if plane.database:
+        plane.database.changes.stop()
+    for part in reversed(parts):
+        part.stop()
+    if plane.database:
+        plane.database.writer.drain()
+        plane.database.store.close()
+
+
+def _opened(settings: StoreSettings | None) -> Database | None:
+    """The database of the configuration, in the form that this Kairos needs."""
     if settings is None:
-        return None, None
+        return None
     store = Store(settings.url.get_secret_value())
     require_served(store)
-    return store, Writer(store, settings.queued_rows)
+    return Database(store, Writer(store, settings.queued_rows), Changes(store))
 
 
 def require_loopback(host: str) -> None:

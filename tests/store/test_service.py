@@ -20,6 +20,7 @@ from store.rows import decode_step, request
 from kairos.scheduler_core.config import load_settings
 from kairos.scheduler_core.errors import ConfigError
 from kairos.scheduler_core.service.app import create_app
+from kairos.scheduler_core.service.store.revisions import head
 from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.tables import Step
 
@@ -51,7 +52,7 @@ def test_a_shared_database_that_nobody_upgraded_ends_the_service_with_what_to_ru
     ended = subprocess.run(SERVE, capture_output=True, text=True, env={"KAIROS_STORE__URL": url}, timeout=60)
 
     assert ended.returncode == 1
-    assert "at revision none, this Kairos needs 0001; run kairos db upgrade" in ended.stderr
+    assert f"at revision none, this Kairos needs {head()}; run kairos db upgrade" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

@@ -28,7 +28,7 @@ def overview_router(scheduler: Scheduler, store: Store | None) -> APIRouter:
     def strategies() -> Strategies:
         """List the strategies of the configuration; `/schedule` takes each by its name."""
         return Strategies(
-            active=scheduler.settings.active,
+            active=scheduler.active,
             strategies=[StrategyText(name=name, text=s.text) for name, s in scheduler.strategies.items()],
         )
 
