@@ -1,12 +1,13 @@
 """What the parts of the control plane share, and what a part is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from starlette.routing import BaseRoute
 
 from kairos.scheduler_core.config import Settings
+from kairos.scheduler_core.service.metrics import Metrics
 from kairos.scheduler_core.service.schedule import Scheduler
 from kairos.scheduler_core.service.store.changes import Changes
 from kairos.scheduler_core.service.store.session import Store
@@ -30,6 +31,7 @@ class Plane:
     scheduler: Scheduler
     database: Database | None
     """None: nothing is kept."""
+    metrics: Metrics = field(default_factory=Metrics)
 
 
 class Part(Protocol):
