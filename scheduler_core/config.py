@@ -339,6 +339,18 @@ class StoreSettings(Section):
     """Rows of telemetry that may wait to be stored; more is answered 429."""
 
 
+class DecisionSettings(Section):
+    """Which decisions are recorded, where there is a store."""
+
+    sample_share: Annotated[NotNegative, Field(le=1)] = 0.01
+    """Share of requests, by a hash of their id, that are recorded whatever happens to them."""
+    long_wait_s: Positive = 10.0
+    """Requests that wait so long are recorded."""
+    queued_rows: Count = 20_000
+    """Rows that may wait to be stored; beyond, the oldest are dropped and counted."""
+    keep_days: Positive = 14.0
+
+
 SHIPPED_STRATEGIES: dict[str, dict[str, Any]] = {
     "engine-default": {
         "prefill": "fcfs",
@@ -387,6 +399,7 @@ class Settings(Section):
     service: ServiceSettings = ServiceSettings()
     store: StoreSettings | None = None
     """None: nothing is kept, and there are no routes for telemetry."""
+    decisions: DecisionSettings = DecisionSettings()
 
     @field_validator("strategies", mode="before")
     @classmethod

@@ -8,6 +8,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from kairos.scheduler_core.service.decisions.explanation import Explanation
 from kairos.scheduler_core.service.problems import PROBLEM_TYPE, problem_of, problem_responses
 from kairos.scheduler_core.service.schemas import (
     Answer,
@@ -25,9 +26,11 @@ def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
     """FastAPI's document, with the bodies that msgspec reads and writes; with the routes for telemetry or without."""
     document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
     example = json.loads(files("kairos.scheduler_core.service").joinpath("example.json").read_text("utf-8"))
-    types = [Snapshot, Answer, Problem, StepsBody, StepRow, RequestsBody, RequestRow, TelemetryAnswer]
+    types: list[type] = [Snapshot, Answer, Problem]
+    if telemetry:
+        types += [StepsBody, StepRow, RequestsBody, RequestRow, TelemetryAnswer, Explanation]
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
-    snapshot, answer, problem, *of_telemetry = schemas
+    snapshot, answer, problem, *of_store = schemas
     document["paths"]["/schedule"] = {
         "post": {
             "tags": ["decisions"],
@@ -49,12 +52,9 @@ def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
         }
     }
     if telemetry:
-        steps_body, step, requests_body, request, stored = of_telemetry
+        steps_body, step, requests_body, request, stored, _ = of_store
         for name, body, row in (("steps", steps_body, step), ("requests", requests_body, request)):
             document["paths"][f"/telemetry/{name}"] = {"post": _telemetry(name, body, row, stored, problem)}
-    else:
-        for told in (StepsBody, StepRow, RequestsBody, RequestRow, TelemetryAnswer):
-            del components[told.__name__]
     document["components"]["schemas"].update(components)
     _one_shape_of_errors(document)
     return document

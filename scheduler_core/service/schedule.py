@@ -1,7 +1,8 @@
 """`schedule`: a snapshot in, decisions out. The same Decider and policies as in simulator, gateway and engine."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
+from typing import NamedTuple
 
 import msgspec
 
@@ -28,6 +29,18 @@ from kairos.scheduler_core.slo import NO_TARGET_S
 from kairos.scheduler_core.strategy import Strategy, not_applied, parse_strategy
 
 
+class Decided(NamedTuple):
+    """A snapshot and what was decided for it."""
+
+    at_s: float
+    """UTC epoch seconds, whatever the origin of the snapshot's times."""
+    snapshot: Snapshot
+    answer: Answer
+    strategy: Strategy
+    failures: list[str]
+    """Policies that failed and were replaced, as `policy: error`."""
+
+
 class Scheduler:
     """Answers snapshots; keeps nothing between two of them.
 
@@ -41,6 +54,8 @@ class Scheduler:
         """By name. This, `active` and `profiles` are replaced whole while the service runs, never changed."""
         self.active = settings.active
         self.profiles = Profiles(settings)
+        self.watchers: tuple[Callable[[Decided], None], ...] = ()
+        """Told of every decision, before it is answered: they must be quick."""
         self._targets = {
             name: (slo_class.ttft_s or NO_TARGET_S, slo_class.tpot_s or NO_TARGET_S)
             for name, slo_class in settings.slo.classes.items()
@@ -50,18 +65,20 @@ class Scheduler:
         """The decisions for a snapshot.
 
         Args:
-            now_s: the instant, where the snapshot does not name it.
+            now_s: UTC epoch seconds: the instant, where the snapshot does not name it.
             body: the snapshot as it came; the decision id is made of it.
 
         Raises:
             FieldsError, TooLargeError, UnknownNameError, ConfigError: the snapshot cannot be used.
         """
         check_snapshot(snapshot, self._targets, self.settings.service.max_requests)
-        if snapshot.now_s is not None:
-            now_s = snapshot.now_s
+        told_s = snapshot.now_s
         strategy = self.strategy(snapshot.strategy)
-        run = _Run(self, snapshot, strategy, now_s)
-        return run.answer(_decision_id(body, strategy, None if snapshot.now_s is not None else now_s))
+        run = _Run(self, snapshot, strategy, now_s if told_s is None else told_s)
+        answer = run.answer(_decision_id(body, strategy, now_s if told_s is None else None))
+        for watch in self.watchers:
+            watch(Decided(now_s, snapshot, answer, strategy, list(run.decider.validity.fallbacks)))
+        return answer
 
     def strategy(self, text: str | None) -> Strategy:
         """The active strategy, one of the configuration by name, or one made of installed policies.
