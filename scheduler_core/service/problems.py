@@ -3,10 +3,12 @@
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from typing import Any
 
 import msgspec
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -45,8 +47,26 @@ async def on_kairos_error(request: Request, error: Exception) -> Response:
 async def on_http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses: unknown route, wrong method."""
     assert isinstance(error, HTTPException)
-    detail = f"{request.method} {request.url.path}: {error.detail.lower()}; /openapi.json names every route"
+    detail = error.detail
+    if error.status_code in (404, 405):
+        detail = f"{request.method} {request.url.path}: {error.detail.lower()}; /openapi.json names every route"
     return problem_response(problem_of(error.status_code, detail), dict(error.headers or {}))
+
+
+async def on_invalid(request: Request, error: Exception) -> Response:
+    """What pydantic refuses of a body, a path or a query; what was sent is not repeated."""
+    assert isinstance(error, RequestValidationError)
+    broken = [problem for problem in error.errors() if problem["type"] == "json_invalid"]
+    if broken:
+        return problem_response(problem_of(400, f"the body is no valid JSON: {broken[0]['ctx']['error']}"))
+    return problem_response(_unfit([_field_problem(problem) for problem in error.errors()]))
+
+
+def _field_problem(problem: Mapping[str, Any]) -> FieldProblem:
+    place, *path = problem["loc"]
+    shown = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    message = problem["msg"].removeprefix("Value error, ")
+    return FieldProblem(shown.lstrip(".") if place == "body" else f"{place}{shown}", message[:1].lower() + message[1:])
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
