@@ -16,7 +16,7 @@ from kairos.scheduler_core.service.access import Access, Keys
 from kairos.scheduler_core.service.bodies import Limits
 from kairos.scheduler_core.service.openapi import openapi_of
 from kairos.scheduler_core.service.plane import Database, Part, Plane
-from kairos.scheduler_core.service.problems import on_bug, on_http_error, on_invalid, on_kairos_error
+from kairos.scheduler_core.service.problems import on_bug, on_http_error, on_kairos_error, on_unfit_request
 from kairos.scheduler_core.service.routes.overview import overview_router
 from kairos.scheduler_core.service.routes.schedule import schedule_route
 from kairos.scheduler_core.service.routes.telemetry import telemetry_routes
@@ -63,7 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.router.routes.extend(part.routes())
     app.add_exception_handler(KairosError, on_kairos_error)
     app.add_exception_handler(HTTPException, on_http_error)
-    app.add_exception_handler(RequestValidationError, on_invalid)
+    app.add_exception_handler(RequestValidationError, on_unfit_request)
     app.add_exception_handler(Exception, on_bug)
     app.add_middleware(Limits, most_bytes=settings.service.max_body_bytes, most_s=settings.service.client_timeout_s)
     app.add_middleware(Access, keys=keys, metrics=plane.metrics)  # the last one is the first to see a request

@@ -68,14 +68,14 @@ def _complete(document: dict[str, Any], problem: Any) -> None:
         for method, operation in operations.items():
             answers = operation["responses"]
             if "HTTPValidationError" in str(answers.get("422")):
-                answers |= _problems(_FIELD_PROBLEM, problem)
+                answers |= _problems(_UNFIT, problem)
             if "requestBody" in operation:
                 answers |= _problems(_BODY_PROBLEMS, problem) | answers
             if rule_for(method.upper(), path).role:
                 operation["security"] = [{"key": []}, {}]
                 answers |= _problems(_KEY_PROBLEMS, problem)
-    for unused in ("HTTPValidationError", "ValidationError"):
-        document["components"]["schemas"].pop(unused, None)
+    for replaced in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(replaced, None)
 
 
 def _telemetry(name: str, body: Any, row: Any, stored: Any, problem: Any) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def _problems(problems: dict[str, Problem], schema: Any) -> dict[str, Any]:
 
 
 _NO_JSON = {"The body is no JSON.": problem_of(400, "the body is no valid JSON: Input data was truncated")}
-_FIELD_PROBLEM = {
+_UNFIT = {
     "A field does not fit; `errors` has its path.": problem_of(
         422, "count: input should be greater than 0", [FieldProblem("count", "input should be greater than 0")]
     )

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -41,7 +41,8 @@ async def on_kairos_error(request: Request, error: Exception) -> Response:
     fields = error.problems if isinstance(error, FieldsError) else []
     told = [FieldProblem(path, message) for path, message in fields]
     headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, BusyError) else None
-    return problem_response(problem_of(error.http_status, str(error), told), headers)
+    problem = problem_of(error.http_status, str(error), told)
+    return problem_response(msgspec.structs.replace(problem, type=error.problem_type), headers)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
@@ -53,20 +54,24 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     return problem_response(problem_of(error.status_code, detail), dict(error.headers or {}))
 
 
-async def on_invalid(request: Request, error: Exception) -> Response:
-    """What pydantic refuses of a body, a path or a query; what was sent is not repeated."""
+async def on_unfit_request(request: Request, error: Exception) -> Response:
+    """What pydantic refuses: a body that is no JSON (400), or fields that do not fit (422)."""
     assert isinstance(error, RequestValidationError)
-    broken = [problem for problem in error.errors() if problem["type"] == "json_invalid"]
-    if broken:
-        return problem_response(problem_of(400, f"the body is no valid JSON: {broken[0]['ctx']['error']}"))
-    return problem_response(_unfit([_field_problem(problem) for problem in error.errors()]))
+    told = error.errors()
+    if broken := next((problem for problem in told if problem["type"] == "json_invalid"), None):
+        return problem_response(problem_of(400, f"the body is no valid JSON: {broken['ctx']['error']}"))
+    return problem_response(_unfit([FieldProblem(_path(problem["loc"]), problem["msg"]) for problem in told]))
 
 
-def _field_problem(problem: Mapping[str, Any]) -> FieldProblem:
-    place, *path = problem["loc"]
-    shown = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    message = problem["msg"].removeprefix("Value error, ")
-    return FieldProblem(shown.lstrip(".") if place == "body" else f"{place}{shown}", message[:1].lower() + message[1:])
+def _path(loc: Sequence[int | str]) -> str:
+    """Where a field is, without saying of what (a body, a query, a path)."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[1:]).lstrip(".")
+
+
+def problem_responses(**meanings: str) -> dict[int | str, dict[str, Any]]:
+    """What may go wrong at a FastAPI route, for its `responses`: `s404="There is no such model."`."""
+    content = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {int(name[1:]): {"description": meaning, "content": content} for name, meaning in meanings.items()}
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
