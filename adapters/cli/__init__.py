@@ -53,6 +53,7 @@ def commands() -> "typer.Typer":
         db,
         demo,
         explain,
+        keys,
         models,
         policies,
         report,
@@ -69,7 +70,7 @@ def commands() -> "typer.Typer":
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for group in (demo, simulate, models, telemetry, traces, policies, report, serve, explain, db, configuration):
+    for group in (demo, simulate, models, telemetry, traces, policies, report, serve, explain, db, keys, configuration):
         group.register(app)
     return app
 

@@ -294,9 +294,11 @@ def test_a_stored_decision_is_found_by_its_request(store: Store) -> None:
         made.decide(waiting=[waits("a", tenant="acme"), waits("b")])
         made.rows()
     with store.read() as connection:
-        rows = decisions_of(connection, "a")
+        rows = decisions_of(connection, "a", None)
+        of_others = decisions_of(connection, "a", "globex")
 
     assert [(row.request_id, row.tenant, row.kept_for) for row in rows] == [("a", "acme", "sampled")]
+    assert of_others == []
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import APIRouter, Path, Response
+from fastapi import APIRouter, Path, Request, Response
 from starlette.routing import BaseRoute
 
 from kairos.scheduler_core.errors import NotFoundError, NotSampledError
+from kairos.scheduler_core.service.access import tenant_of
 from kairos.scheduler_core.service.decisions.explanation import Explanation, explain
 from kairos.scheduler_core.service.decisions.recorder import Recorder, in_sample
 from kairos.scheduler_core.service.plane import Database, Plane
@@ -22,7 +23,9 @@ _TOLD: dict[int | str, dict[str, Any]] = {
     }
 }
 
-RequestIdPath = Annotated[str, Path(min_length=1, max_length=256, description="Of the request.")]
+RequestIdPath = Annotated[
+    str, Path(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f]+$", description="Of the request.")
+]
 
 
 class Decisions:
@@ -47,9 +50,10 @@ class Decisions:
                 s503="The database is away.",
             ),
         )
-        def explanation(request_id: RequestIdPath) -> Response:
+        def explanation(request_id: RequestIdPath, request: Request) -> Response:
             """Say why a request waited, where it went, and what was predicted against what happened."""
-            return Response(_encode(self.explanation(request_id)), media_type="application/json")
+            told = self.explanation(request_id, tenant_of(request.scope))
+            return Response(_encode(told), media_type="application/json")
 
         return router.routes
 
@@ -62,15 +66,19 @@ class Decisions:
         """Store what is left."""
         self.recorder.stop()
 
-    def explanation(self, request_id: str) -> Explanation:
+    def explanation(self, request_id: str, tenant: str | None) -> Explanation:
         """What was recorded of a request, and what became of it.
+
+        Args:
+            tenant: of the caller, who is told of its own requests only; None: of any.
 
         Raises:
             NotSampledError, NotFoundError: nothing was recorded.
             StoreError: the database is away.
         """
         with self._database.store.read() as connection:
-            rows, outcome = decisions_of(connection, request_id), outcome_of(connection, request_id)
+            rows = decisions_of(connection, request_id, tenant)
+            outcome = outcome_of(connection, request_id, tenant)
         if rows:
             return explain(request_id, rows, outcome)
         share = self._plane.settings.decisions.sample_share

@@ -48,10 +48,12 @@ class DecisionRows:
         return len(self.rows)
 
 
-def decisions_of(connection: Connection, request_id: str) -> list[DecisionRow]:
-    """What was recorded of a request, in the order in which it was decided."""
+def decisions_of(connection: Connection, request_id: str, tenant: str | None) -> list[DecisionRow]:
+    """What was recorded of a request, in the order in which it was decided; tenant None: whosever it is."""
     columns = (Decision.decided_at, Decision.tenant, Decision.decision_id, Decision.kept_for, Decision.body)
     mine = select(*columns).where(Decision.request_id == request_id)
+    if tenant is not None:
+        mine = mine.where(Decision.tenant == tenant)
     rows = connection.execute(mine.order_by(Decision.id.desc()).limit(_MOST_SHOWN)).all()
     return [
         DecisionRow(row.decided_at, request_id, row.tenant, row.decision_id, cast(KeptFor, row.kept_for), row.body)
@@ -78,10 +80,12 @@ class Outcome(NamedTuple):
     model_version: str
 
 
-def outcome_of(connection: Connection, request_id: str) -> Outcome | None:
-    """The latest telemetry of a request of this id."""
+def outcome_of(connection: Connection, request_id: str, tenant: str | None) -> Outcome | None:
+    """The latest telemetry of a request of this id; tenant None: whosever it is."""
     columns = [getattr(Request, name) for name in Outcome._fields[1:]]
     mine = select(Request.status, *columns).where(Request.request_id == request_id)
+    if tenant is not None:
+        mine = mine.where(Request.tenant == tenant)
     row = connection.execute(mine.order_by(Request.id.desc()).limit(1)).first()
     return None if row is None else Outcome(REQUEST_STATUSES[row[0]], *row[1:])
 
