@@ -382,6 +382,19 @@ class DecisionSettings(Section):
     keep_days: Positive = 14.0
 
 
+class ManagedSettings(Section):
+    """The managed form: announced requests and the live fleet, where there is a store."""
+
+    ttl_s: Annotated[Number, Field(gt=0, le=86_400)] = 600.0
+    """A reservation of which nothing was heard for so long expires, unless its announcement says otherwise."""
+    most_reservations: Count = 100_000
+    """Live ones; more is answered 429."""
+    drain_s: NotNegative = 30.0
+    """How long an instance that is removed keeps what it has."""
+    health_every_s: Positive = 2.0
+    """How often instances with an address are asked how they are."""
+
+
 SHIPPED_STRATEGIES: dict[str, dict[str, Any]] = {
     "engine-default": {
         "prefill": "fcfs",
@@ -432,6 +445,7 @@ class Settings(Section):
     store: StoreSettings | None = None
     """None: nothing is kept, and there are no routes for telemetry."""
     decisions: DecisionSettings = DecisionSettings()
+    managed: ManagedSettings = ManagedSettings()
 
     @field_validator("strategies", mode="before")
     @classmethod

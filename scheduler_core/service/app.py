@@ -15,6 +15,7 @@ from kairos.scheduler_core.errors import KairosError
 from kairos.scheduler_core.service.access import Access, Keys
 from kairos.scheduler_core.service.bodies import Limits
 from kairos.scheduler_core.service.decisions.part import Decisions
+from kairos.scheduler_core.service.managed.part import Managed
 from kairos.scheduler_core.service.openapi import openapi_of
 from kairos.scheduler_core.service.plane import Database, Part, Plane
 from kairos.scheduler_core.service.problems import on_bug, on_http_error, on_kairos_error, on_unfit_request
@@ -84,7 +85,8 @@ def _parts(plane: Plane) -> list[Part]:
     """Everything beside `/schedule` and telemetry, in the order in which it starts."""
     parts: list[Part] = []
     if plane.database:
-        parts.append(Decisions(plane, plane.database))
+        decisions = Decisions(plane, plane.database)
+        parts += [decisions, Managed(plane, plane.database, decisions.recorder)]
     return parts
 
 

@@ -1,10 +1,10 @@
 """The part of the control plane that records decisions and tells them again."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Request, Response
 from starlette.routing import BaseRoute
 
 from kairos.scheduler_core.errors import NotFoundError, NotSampledError
@@ -12,7 +12,7 @@ from kairos.scheduler_core.service.access import tenant_of
 from kairos.scheduler_core.service.decisions.explanation import Explanation, explain
 from kairos.scheduler_core.service.decisions.recorder import Recorder, in_sample
 from kairos.scheduler_core.service.plane import Database, Plane
-from kairos.scheduler_core.service.problems import problem_responses
+from kairos.scheduler_core.service.problems import RequestIdPath, problem_responses
 from kairos.scheduler_core.service.store.queries.decisions import decisions_of, outcome_of
 
 _encode = msgspec.json.Encoder().encode
@@ -22,10 +22,6 @@ _TOLD: dict[int | str, dict[str, Any]] = {
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Explanation"}}},
     }
 }
-
-RequestIdPath = Annotated[
-    str, Path(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f]+$", description="Of the request.")
-]
 
 
 class Decisions:

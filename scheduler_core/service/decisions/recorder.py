@@ -114,6 +114,20 @@ class Recorder:
                 self._metrics.decisions_dropped.inc()
             self._rows.append(row)
 
+    def keep_of(
+        self,
+        request_id: str,
+        tenant: str,
+        decision_id: str,
+        at_s: float,
+        why: KeptFor | None,
+        body: Callable[[], bytes],
+    ) -> None:
+        """Have a decision stored that was made about one request, if something speaks for it or it is in the sample."""
+        if why is not None or in_sample(request_id, self._settings.sample_share):
+            at = datetime.fromtimestamp(at_s, UTC)
+            self.keep(DecisionRow(at, request_id, tenant or None, decision_id, why or "sampled", body()))
+
     def start(self) -> None:
         """Begin to look."""
         self._thread.start()

@@ -12,6 +12,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from kairos.scheduler_core.domain import Profile
 from kairos.scheduler_core.errors import ConflictError
 from kairos.scheduler_core.service.store.queries.decisions import forget_decisions
+from kairos.scheduler_core.service.store.queries.reservations import forget_reservations
 from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.tables import (
     Batch,
@@ -287,6 +288,7 @@ def forget(store: Store, *, tenants: Sequence[str] = (), requests: Sequence[str]
     its next vacuum.
     """
     forget_decisions(store, tenants=tenants, requests=requests, everyone=everyone)
+    forget_reservations(store, tenants=tenants, requests=requests, everyone=everyone)
     named: ColumnElement[bool] = or_(Request.tenant.in_(tenants), Request.request_id.in_(requests))
     if everyone:
         named = or_(Request.tenant.is_not(None), Request.request_id.is_not(None))
