@@ -12,6 +12,8 @@ from starlette.exceptions import HTTPException
 import kairos
 from kairos.scheduler_core.config import Settings, StoreSettings
 from kairos.scheduler_core.errors import ConfigError, KairosError
+from kairos.scheduler_core.replay import Replay
+from kairos.scheduler_core.service.live import Live
 from kairos.scheduler_core.service.openapi import openapi_of
 from kairos.scheduler_core.service.plane import Database, Part, Plane
 from kairos.scheduler_core.service.problems import on_bug, on_http_error, on_kairos_error
@@ -25,8 +27,11 @@ from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.writer import Writer
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, replay: Replay | None = None) -> FastAPI:
     """The application over one configuration; models and policies are loaded here.
+
+    Args:
+        replay: runs the champion of an experiment on recorded arrivals.
 
     Raises:
         ConfigError, UnknownPolicyError, SchemaError: a strategy or a model of the configuration cannot be loaded.
@@ -34,7 +39,7 @@ def create_app(settings: Settings) -> FastAPI:
     """
     strategies = {name: choice.as_strategy(name).check() for name, choice in settings.strategies.items()}
     scheduler = Scheduler(settings, strategies)
-    plane = Plane(settings, scheduler, _opened(settings.store))
+    plane = Plane(settings, scheduler, _opened(settings.store), replay=replay)
     parts = _parts(plane)
 
     @asynccontextmanager
@@ -72,7 +77,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 def _parts(plane: Plane) -> list[Part]:
     """Everything beside `/schedule` and telemetry, in the order in which it starts."""
-    return []
+    return [Live(plane)]
 
 
 def _start(plane: Plane, parts: Sequence[Part]) -> None:

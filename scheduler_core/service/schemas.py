@@ -371,18 +371,3 @@ class Readiness(BaseModel):
     """Where step times come from, by profile."""
     database: Literal["none", "ready", "away"] = "none"
     """Away: telemetry is refused, decisions go on."""
-
-
-class StrategyText(BaseModel):
-    """A strategy by name."""
-
-    name: str
-    text: str
-    """PREFILL+PREFILL_PLACEMENT+DECODE_PLACEMENT+DECODE[+ADMISSION]"""
-
-
-class Strategies(BaseModel):
-    """Which strategies there are."""
-
-    active: str
-    strategies: list[StrategyText]

@@ -1,9 +1,9 @@
-"""What the service is and has: liveness, readiness, strategies."""
+"""What the service is and has: liveness, readiness."""
 
 from fastapi import APIRouter
 
 from kairos.scheduler_core.service.schedule import Scheduler
-from kairos.scheduler_core.service.schemas import Health, Readiness, Strategies, StrategyText
+from kairos.scheduler_core.service.schemas import Health, Readiness
 from kairos.scheduler_core.service.store.session import Store
 
 
@@ -22,14 +22,6 @@ def overview_router(scheduler: Scheduler, store: Store | None) -> APIRouter:
         return Readiness(
             model_versions={name: known.version for name, known in scheduler.profiles.by_name.items()},
             database="none" if store is None else "ready" if store.is_there() else "away",
-        )
-
-    @router.get("/strategies")
-    def strategies() -> Strategies:
-        """List the strategies of the configuration; `/schedule` takes each by its name."""
-        return Strategies(
-            active=scheduler.active,
-            strategies=[StrategyText(name=name, text=s.text) for name, s in scheduler.strategies.items()],
         )
 
     return router
