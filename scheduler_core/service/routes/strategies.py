@@ -102,12 +102,13 @@ class ActiveStrategy(StrategyVersion):
     experiment: RunningExperiment | None = None
 
 
-_KEPT = {"s422": "It does not fit, or the service keeps nothing.", "s503": "The database is away; nothing was changed."}
-_UNKNOWN = {"s404": "There is no such strategy, version or policy."}
+_AWAY = {"s503": "The database is away; nothing was changed."}
 _SHOW = problem_responses(s404="There is no such strategy.")
-_PUT = problem_responses(**_KEPT, **_UNKNOWN)
-_ACTIVATE = problem_responses(**_KEPT, **_UNKNOWN, s409="An experiment runs.")
-_ROLL_BACK = problem_responses(**_KEPT, s409="Nothing else was active before, or an experiment runs.")
+_PUT = problem_responses(**_AWAY, s404="A policy is not installed.")
+_ACTIVATE = problem_responses(**_AWAY, s404="There is no such strategy or version.", s409="An experiment runs.")
+_ROLL_BACK = problem_responses(
+    **_AWAY, s409="Nothing else was active before, or an experiment runs.", s422="The service keeps nothing."
+)
 
 
 def strategies_router(part: Strategies) -> APIRouter:
