@@ -49,8 +49,10 @@ async def on_kairos_error(request: Request, error: Exception) -> Response:
 async def on_http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses: unknown route, wrong method."""
     assert isinstance(error, HTTPException)
-    detail = f"{request.method} {request.url.path}: {error.detail.lower()}; /openapi.json names every route"
+    detail = error.detail
     headers = dict(error.headers or {})
+    if error.status_code in (404, 405):
+        detail = f"{request.method} {request.url.path}: {error.detail.lower()}; /openapi.json names every route"
     if error.status_code == 405:
         headers["Allow"] = ", ".join(sorted(_methods(request))) or headers["Allow"]
     return problem_response(problem_of(error.status_code, detail), headers)
