@@ -93,7 +93,7 @@ def test_a_reservation_is_load_at_once_and_the_next_request_goes_elsewhere(clien
     assert [told["prefill_instance"] for told in (first, second, third)] == ["prefill-0", "prefill-1", "prefill-1"]
     assert third["predicted_ttft_s"] == pytest.approx(2.0)  # behind b, alone 1 s
     assert {first["decode_instance"], second["decode_instance"]} == {"decode-0", "decode-1"}
-    assert (first["stored"], first["model_version"], first["strategy"]) == (True, "linear", "kairos")
+    assert (first["stored"], first["model_version"], first["strategy"]) == (True, "linear", "kairos@1")
 
 
 def test_the_same_announcement_is_answered_as_before_and_another_is_refused(client: TestClient) -> None:

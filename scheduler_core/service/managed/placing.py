@@ -90,7 +90,7 @@ class Placer:
         place = self._place_prefill(decider, views[0], loads, ttfts_s, now_s)
         chosen, view, ttft_s = prefill[place], views[place], ttfts_s[place]
         home = self._place_decode(decider, asked, view, decode, now_s)
-        terms = self._terms(asked, digest, chosen, view, home, ttft_s, arrival_s, ttl_s)
+        terms = self._terms(asked, digest, decider.strategy.name, chosen, view, home, ttft_s, arrival_s, ttl_s)
         elsewhere = [
             Elsewhere(engine.member.instance_id, seconds, load.waiting_requests)
             for number, (engine, load, seconds) in enumerate(zip(prefill, loads, ttfts_s, strict=True))
@@ -231,6 +231,7 @@ class Placer:
         self,
         asked: Announcement,
         digest: str,
+        strategy: str,
         chosen: _Engine,
         view: Waiting,
         home: _Engine | None,
@@ -265,7 +266,7 @@ class Placer:
             view.prefill_s,
             ttft_s,
             step_s,
-            self._scheduler.active,
+            strategy,
             chosen.known.version,
             (profile.gpu, profile.model, profile.precision, profile.tp, profile.ep, profile.engine),
             Met(there.running, there.requests - there.running, there.tokens, context, usage),
