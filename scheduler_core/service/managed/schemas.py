@@ -11,11 +11,11 @@ _TEXT = r"^[^\x00-\x1f]*$"
 Id = Annotated[str, Field(min_length=1, max_length=256, pattern=_TEXT)]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=_TEXT)]
 Word = Annotated[str, Field(max_length=128, pattern=_TEXT)]
-Tokens = Annotated[int, Field(ge=0, le=10**8)]
-SomeTokens = Annotated[int, Field(ge=1, le=10**8)]
-Capacity = Annotated[int, Field(ge=1, le=2**53)]
-Target = Annotated[float, Field(gt=0, le=10**6)]
-Epoch = Annotated[float, Field(ge=0, le=10**11)]
+Tokens = Annotated[int, Field(strict=True, ge=0, le=10**8)]
+SomeTokens = Annotated[int, Field(strict=True, ge=1, le=10**8)]
+Capacity = Annotated[int, Field(strict=True, ge=1, le=2**53)]
+Target = Annotated[float, Field(strict=True, gt=0, le=10**6)]
+Epoch = Annotated[float, Field(strict=True, ge=0, le=10**11)]
 
 
 class Strict(BaseModel):
@@ -42,7 +42,7 @@ class Announcement(Strict):
     tenant: Word = ""
     arrival_s: Epoch | None = None
     """UTC epoch seconds; null: now."""
-    ttl_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
+    ttl_s: Annotated[float, Field(strict=True, gt=0, le=86_400)] | None = None
     """Without an event for so long, the reservation expires; null: `managed.ttl_s`."""
 
     @model_validator(mode="after")
@@ -115,7 +115,7 @@ class InstanceBody(Strict):
     url: Annotated[str, Field(max_length=1024, pattern=r"^(dns\+)?https?://[!-~]+$")] | None = None
     """With it, the instance gets traffic while `GET url/health` is good; without, at once."""
     chunk_tokens: SomeTokens | None = None
-    max_requests_per_step: Annotated[int, Field(ge=1, le=10**6)] = 1
+    max_requests_per_step: Annotated[int, Field(strict=True, ge=1, le=10**6)] = 1
     max_batch: Capacity = 64
     batch_limit: Capacity | None = None
     kv_tokens: Capacity | None = None
