@@ -22,8 +22,8 @@ def served(environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    sources = {"PYTHONPATH": str(ROOT / "src")}
-    environment = dict(os.environ if environment is None else environment) | sources
+    here = {"PYTHONPATH": str(ROOT / "src"), "KAIROS_SERVICE__DRAIN_NOTICE_S": "0"}
+    environment = here | dict(os.environ if environment is None else environment)
     process = subprocess.Popen([*SERVE, "--port", str(port)], stderr=subprocess.PIPE, text=True, env=environment)
     address = f"http://127.0.0.1:{port}"
     try:
