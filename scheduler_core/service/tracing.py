@@ -38,11 +38,11 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"
 class Exporter(SpanProcessor):
     """Hands spans to a collector."""
 
-    def __init__(self, endpoint: str, metrics: Metrics) -> None:
+    def __init__(self, endpoint: str, metrics: Metrics, queued_spans: int = _QUEUED_SPANS) -> None:
         self._endpoint = endpoint
         self._exporter = OTLPSpanExporter(f"{endpoint.rstrip('/')}/v1/traces", timeout=_EXPORT_TIMEOUT_S)
         self._counted = metrics.spans
-        self._queue: Queue[ReadableSpan | None] = Queue(_QUEUED_SPANS)
+        self._queue: Queue[ReadableSpan | None] = Queue(queued_spans)
         self._away = False
         self._thread = Thread(target=self._run, name="kairos-traces", daemon=True)
 
@@ -136,7 +136,7 @@ class Tracing:
             try:
                 await self._app(scope, receive, noting)
             finally:
-                route = getattr(scope.get("route"), "path", "")  # never the path itself, which may hold ids
+                route = _route_of(scope)
                 span.update_name(f"{method} {route}".rstrip())
                 span.set_attribute("http.route", route)
                 span.set_attribute("http.response.status_code", status)
@@ -145,6 +145,17 @@ class Tracing:
 
 
 _CONTEXT = (b"traceparent", b"tracestate")
+
+
+def _route_of(scope: Scope) -> str:
+    """The path of the route that took a request, with names in place of ids; empty where none did."""
+    if "route" in scope:
+        return str(scope["route"].path)
+    if "endpoint" not in scope:
+        return ""
+    # all that FastAPI's router notes of a route that is not its own
+    routes = (route for route in scope["router"].routes if getattr(route, "endpoint", None) is scope["endpoint"])
+    return next((route.path for route in routes), "")
 
 
 def note_decision(decided: Decided) -> None:
