@@ -13,6 +13,7 @@ import kairos
 from kairos.scheduler_core.config import Settings, StoreSettings
 from kairos.scheduler_core.errors import KairosError
 from kairos.scheduler_core.service.access import Access, Keys
+from kairos.scheduler_core.service.attainment import Outcomes
 from kairos.scheduler_core.service.bodies import Limits
 from kairos.scheduler_core.service.lifecycle import Lifecycle
 from kairos.scheduler_core.service.openapi import openapi_of
@@ -60,8 +61,10 @@ def create_app(settings: Settings) -> FastAPI:
     )
     app.router.routes.append(schedule_route(scheduler.schedule, settings.service.max_body_bytes))
     if database:
+        outcomes = Outcomes(plane.metrics, lambda: scheduler.settings.slo.classes)
+        telemetry = telemetry_routes(database.writer, plane.metrics, settings.service.max_body_bytes, outcomes.note)
+        app.router.routes.extend(telemetry)
         app.include_router(events_router(database.store), tags=["overview"])
-        app.router.routes.extend(telemetry_routes(database.writer, settings.service.max_body_bytes))
     app.include_router(overview_router(plane), tags=["overview"])
     for part in parts:
         app.router.routes.extend(part.routes())
