@@ -12,10 +12,12 @@ from starlette.exceptions import HTTPException
 import kairos
 from kairos.scheduler_core.config import Settings, StoreSettings
 from kairos.scheduler_core.errors import KairosError
+from kairos.scheduler_core.replay import Replay
 from kairos.scheduler_core.service.access import Access, Keys
 from kairos.scheduler_core.service.attainment import Outcomes
 from kairos.scheduler_core.service.bodies import Limits
 from kairos.scheduler_core.service.lifecycle import Lifecycle
+from kairos.scheduler_core.service.live import Live
 from kairos.scheduler_core.service.openapi import openapi_of
 from kairos.scheduler_core.service.plane import Database, Part, Plane
 from kairos.scheduler_core.service.problems import on_bug, on_http_error, on_kairos_error, on_unfit_request
@@ -30,15 +32,18 @@ from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.writer import Writer
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, replay: Replay | None = None) -> FastAPI:
     """The application over one configuration; models and policies are loaded here.
+
+    Args:
+        replay: runs the champion of an experiment on recorded arrivals.
 
     Raises:
         ConfigError, UnknownPolicyError, SchemaError: a strategy or a model of the configuration cannot be loaded.
         StoreError: the database is away, or not at a revision that this Kairos runs on.
     """
     scheduler = Scheduler(settings, strategies_of(settings))
-    plane = Plane(settings, scheduler, _opened(settings.store))
+    plane = Plane(settings, scheduler, _opened(settings.store), replay=replay)
     database = plane.database
     keys = Keys(settings.access, database.store if database else None)
     if database:
@@ -90,7 +95,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 def _parts(plane: Plane) -> list[Part]:
     """Everything beside `/schedule` and telemetry, in the order in which it starts."""
-    return []
+    return [Live(plane)]
 
 
 def _traced(app: FastAPI, plane: Plane, endpoint: str) -> Part:

@@ -43,18 +43,15 @@ class Lifecycle:
         before = scheduler.settings
         try:
             settings = load()
-            strategies, profiles = strategies_of(settings), Profiles(settings)
+            strategies_of(settings)
+            profiles = Profiles(settings)
+            for take_over in state.on_reload:
+                take_over(settings)
         except KairosError as problem:
             self._tell("configuration_refused", {"problem": str(problem)})
             return
         scheduler.configure(settings, profiles)
-        scheduler.strategies, scheduler.active = strategies, settings.active
         self._keys.configure(settings.access)
-        for take_over in state.on_reload:
-            try:
-                take_over(settings)
-            except StoreError as away:
-                _log.warning("a part of the configuration was not taken over: %s", away)
         waiting = [name for name in _AT_START_ONLY if getattr(settings, name) != getattr(before, name)]
         self._tell("configuration_taken", {"needs_restart": waiting})
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 from starlette.routing import BaseRoute
 
 from kairos.scheduler_core.config import Settings
+from kairos.scheduler_core.replay import Replay
 from kairos.scheduler_core.service.metrics import Metrics
 from kairos.scheduler_core.service.schedule import Scheduler
 from kairos.scheduler_core.service.store.changes import Changes
@@ -41,7 +42,7 @@ class State:
     lost: list[Callable[[], str | None]] = field(default_factory=list)
     """Each says what a part cannot do now, in a sentence; None: it can do everything."""
     on_reload: list[Callable[[Settings], None]] = field(default_factory=list)
-    """Each takes over what is its own from a configuration that was found good; it raises StoreError alone."""
+    """Each takes over what is its own of a configuration that was found good, or raises StoreError and does nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,8 @@ class Plane:
     """None: nothing is kept."""
     metrics: Metrics = field(default_factory=Metrics)
     state: State = field(default_factory=State)
+    replay: Replay | None = None
+    """None: experiments have the offered load as their covariate."""
 
 
 class Part(Protocol):

@@ -387,18 +387,3 @@ class Readiness(BaseModel):
     lost: list[str]
     """What does not work now."""
     last_reload: Reloaded | None
-
-
-class StrategyText(BaseModel):
-    """A strategy by name."""
-
-    name: str
-    text: str
-    """PREFILL+PREFILL_PLACEMENT+DECODE_PLACEMENT+DECODE[+ADMISSION]"""
-
-
-class Strategies(BaseModel):
-    """Which strategies there are."""
-
-    active: str
-    strategies: list[StrategyText]
