@@ -181,7 +181,7 @@ def recorded_app(settings: Settings, answer: Answer) -> FastAPI:
     strategy = scheduler.strategy(None)
 
     def decide(snapshot: Snapshot, now_s: float, body: bytes) -> Answer:
-        recorder.watch(Decided(now_s, snapshot, answer, strategy, []))
+        recorder.watch(Decided(now_s, snapshot, answer, strategy, [], 0.0))
         return answer
 
     app = FastAPI()

@@ -174,17 +174,21 @@ class Recorder:
         for entry in news[:_MOST_AT_ONCE]:
             self._look_at(entry, scene)
         for rejection in answer.rejected:
-            self._add(scene.rejected(rejection), self._trail(rejection.request_id))
+            trail = self._trail(rejection.request_id)
+            if trail.rows < _MOST_ROWS:
+                self._add(scene.rejected(rejection), trail)
         for placement in answer.placements:
             trail = self._trail(placement.request_id)
             if decided.failures:
                 trail.reasons.add("failed")
-            if trail.reasons:
+            if trail.reasons and trail.rows < _MOST_ROWS:
                 self._add(scene.placed(placement, _best(trail.reasons)), trail)
         for step in answer.decode:
             if step.reason.code is DecodeCode.FALLBACK:
                 for request_id in step.admit:
-                    self._add(scene.admitted(request_id, step), self._trail(request_id))
+                    trail = self._trail(request_id)
+                    if trail.rows < _MOST_ROWS:
+                        self._add(scene.admitted(request_id, step), trail)
 
     def _look_at(self, entry: PrefillAnswer, scene: Scene) -> None:
         trail = self._trail(entry.request_id)

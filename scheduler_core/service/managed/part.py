@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from threading import Event, Thread
 
@@ -25,6 +25,7 @@ from kairos.scheduler_core.service.store.queries.reservations import (
     reservations_after,
     reservations_named,
 )
+from kairos.scheduler_core.telemetry import RequestRow
 
 _log = logging.getLogger(__name__)
 
@@ -42,8 +43,16 @@ _PAGE_ROWS = 1_000
 class Managed:
     """Reservations and the fleet they are on."""
 
-    def __init__(self, plane: Plane, database: Database, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        plane: Plane,
+        database: Database,
+        recorder: Recorder,
+        requests_stored: Callable[[Sequence[RequestRow]], None],
+    ) -> None:
+        """Args: requests_stored: told of requests that ended, once they are committed."""
         self._plane, self._database, self._recorder = plane, database, recorder
+        self._requests_stored = requests_stored
         self._settings = plane.settings.managed
         self.book = Book()
         self.fleet = LiveFleet(plane.settings, database)
@@ -249,6 +258,8 @@ class Managed:
         for reservation in done.ended:
             if (end := reservation.progress.holds) is not None:
                 self._plane.metrics.reservations_ended.labels(end.how).inc()
+        if done.rows:
+            self._requests_stored(done.rows)
 
 
 def _progress_of(told: Reported, at_s: float, expires_at_s: float) -> Progress:

@@ -82,7 +82,7 @@ class Placer:
         loads = [self._prefill_load(engine, request, now_s) for engine in prefill]
         ttfts_s = [now_s - arrival_s + load.outstanding_s + load.prefill_s for load in loads]
         others = sum(load.waiting_requests for load in loads)
-        views = [waiting_view(request, engine.prefill, self._scheduler.targets) for engine in prefill]
+        views = [waiting_view(request, engine.prefill, self._scheduler.targets.__getitem__) for engine in prefill]
         answer = decider.admit(AdmissionView(now_s, views[0], min(ttfts_s), others))
         if not answer.accept:
             refusal = NotAdmittedError(answer.status, answer.reason, answer.retry_after_s)
@@ -149,7 +149,7 @@ class Placer:
         return (NotAdmittedError(404, NO_INSTANCE, None),)
 
     def _waiting(self, asked: Announcement, arrival_s: float) -> WaitingRequest:
-        classes = self._scheduler.settings.slo.classes
+        classes = self._scheduler.targets
         if asked.slo_class not in classes:
             raise FieldsError([("slo_class", str(UnknownNameError("SLO class", asked.slo_class, classes)))])
         return WaitingRequest(
@@ -165,7 +165,7 @@ class Placer:
 
     def _prefill_load(self, engine: _Engine, request: WaitingRequest, now_s: float) -> PrefillLoad:
         totals = self._load.on_prefill(engine.member.instance_id)
-        view = waiting_view(request, engine.prefill, self._scheduler.targets)
+        view = waiting_view(request, engine.prefill, self._scheduler.targets.__getitem__)
         return PrefillLoad(
             engine.prefill,
             totals.requests,
@@ -223,7 +223,7 @@ class Placer:
         return next(engine for engine in able if engine.member.instance_id == place)
 
     def _tpot_target_s(self, asked: Announcement) -> float:
-        return asked.tpot_target_s or self._scheduler.targets(asked.slo_class)[1]
+        return asked.tpot_target_s or self._scheduler.targets[asked.slo_class][1]
 
     # -- what is told of it
 
@@ -296,7 +296,7 @@ class Placer:
         return Queue(
             Spread(waiting),
             running=sum(totals.running for totals in prefill),
-            transferred=sum(totals.waiting_requests for totals in decode) - sum(totals.requests for totals in prefill),
+            transferred=max(0, sum(t.waiting_requests for t in decode) - sum(t.requests for t in prefill)),
             resident=sum(totals.batch_size for totals in decode),
         )
 
