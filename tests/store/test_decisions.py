@@ -1,9 +1,11 @@
 """What is recorded of decisions, in what size, and how it is told again."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -18,6 +20,7 @@ from sqlalchemy import select
 from store.rows import request_row
 from store.test_service import on
 
+import kairos as kairos_package
 from kairos.scheduler_core.config import DecisionSettings
 from kairos.scheduler_core.service.app import create_app
 from kairos.scheduler_core.service.decisions.record import (
@@ -43,6 +46,7 @@ from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.tables import Decision
 from kairos.scheduler_core.service.store.writer import Writer
 
+ROOT = Path(kairos_package.__file__).parents[2]
 FLEET = [prefill("p-0"), prefill("p-1"), decode("d-0"), decode("d-1")]
 
 
@@ -328,3 +332,41 @@ def test_forgetting_covers_decisions_and_their_alternatives(
     assert [row.request_id for row in rows] == left
     assert [f.request_id for f in unpack(rows[-1].body).first] == first
     assert (rows[0].tenant is None) == (left[0] is None)
+
+
+def test_a_row_takes_the_documented_bytes(store: Store) -> None:
+    page = (ROOT / "docs" / "decisions-and-reservations.md").read_text()
+    found = re.search(r"\| decisions \| (\d+) \| (\d+) \|", page)
+    assert found is not None
+    before = table_bytes(store)
+    with recorded(store, sample_share=1.0) as made:
+        for n in range(40):
+            made.decide(waiting=[waits(f"req-{n:04}-{k:08}", 100 + 7 * k, tenant=f"tenant-{k % 9}") for k in range(50)])
+        rows = len(made.rows())
+
+    a_row = (table_bytes(store) - before) / rows
+    assert a_row == pytest.approx(int(found[1 if store.embedded else 2]), rel=0.25)
+
+
+def table_bytes(store: Store) -> int:
+    """What the decisions take on disk."""
+    with store.read() as connection:
+        if store.embedded:
+            pages = "SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()"
+            return int(connection.exec_driver_sql(pages).scalar_one())
+        return int(connection.exec_driver_sql("SELECT pg_total_relation_size('decisions')").scalar_one())
+
+
+def test_a_key_of_a_tenant_sees_that_tenants_requests_only(store: Store, url: str) -> None:
+    with recorded(store, sample_share=1.0) as made:
+        made.decide(waiting=[waits("a", tenant="acme"), waits("b", tenant="globex")])
+        made.rows()
+    secret = "a-secret-of-at-least-thirty-two-characters"
+    keys = {"reader": {"key": secret, "role": "read", "tenant": "acme"}}
+    app = create_app(settings_of(store={"url": url}, access={"keys": keys}))
+    headers = {"authorization": f"Bearer {secret}"}
+
+    own = call(app, "GET", "/requests/a/explanation", headers=headers)
+    others = call(app, "GET", "/requests/b/explanation", headers=headers)
+
+    assert (own.status_code, others.status_code) == (200, 404)

@@ -225,6 +225,22 @@ def test_a_reservation_of_which_nothing_is_heard_expires(client: TestClient, sto
         assert connection.execute(select(Request.__table__)).all() == []
 
 
+def test_a_key_of_a_tenant_announces_and_reports_for_that_tenant_only(serve: Callable[..., TestClient]) -> None:
+    secrets = {name: f"{name}-secret-of-at-least-thirty-two-characters" for name in ("operator", "acme", "globex")}
+    keys: dict[str, Any] = {name: {"key": secrets[name], "role": "schedule", "tenant": name} for name in secrets}
+    keys["operator"] = {"key": secrets["operator"], "role": "operate"}
+    client = serve(access={"keys": keys})
+    client.headers["authorization"] = f"Bearer {secrets['operator']}"
+    fleet(client)
+    client.headers["authorization"] = f"Bearer {secrets['acme']}"
+    client.post("/requests", json=asked()).raise_for_status()
+    for_others = client.post("/requests", json=asked("b", tenant="globex"))
+    client.headers["authorization"] = f"Bearer {secrets['globex']}"
+    of_others = client.post("/requests/a/events", json={"event": "finished"})
+
+    assert (for_others.status_code, of_others.status_code) == (403, 404)
+
+
 # -- the live fleet --------------------------------------------------------------------------------------------------
 
 
