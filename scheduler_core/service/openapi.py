@@ -28,10 +28,9 @@ def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
     example = json.loads(files("kairos.scheduler_core.service").joinpath("example.json").read_text("utf-8"))
     types: list[type] = [Snapshot, Answer, Problem]
-    if telemetry:
-        types += [StepsBody, StepRow, RequestsBody, RequestRow, TelemetryAnswer, Explanation]
+    types += [StepsBody, StepRow, RequestsBody, RequestRow, TelemetryAnswer, Explanation] if telemetry else []
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
-    snapshot, answer, problem, *of_store = schemas
+    snapshot, answer, problem, *of_telemetry = schemas
     document["paths"]["/schedule"] = {
         "post": {
             "tags": ["decisions"],
@@ -53,7 +52,7 @@ def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
         }
     }
     if telemetry:
-        steps_body, step, requests_body, request, stored, _ = of_store
+        steps_body, step, requests_body, request, stored, *_ = of_telemetry
         for name, body, row in (("steps", steps_body, step), ("requests", requests_body, request)):
             document["paths"][f"/telemetry/{name}"] = {"post": _telemetry(name, body, row, stored, problem)}
     document["components"]["schemas"].update(components)

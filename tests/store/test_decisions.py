@@ -26,10 +26,10 @@ from kairos.scheduler_core.service.app import create_app
 from kairos.scheduler_core.service.decisions.record import (
     MOST_BYTES,
     Asked,
+    DecisionRecord,
     Elsewhere,
     First,
     Queue,
-    Record,
     Rule,
     pack,
     unpack,
@@ -67,7 +67,7 @@ class Recorded:
         content = msgspec.json.encode(snapshot(*(instances or FLEET), **lists))
         self.scheduler.schedule(msgspec.json.decode(content, type=Snapshot), time.time(), content)
 
-    def rows(self) -> list[tuple[str, str, Record]]:
+    def rows(self) -> list[tuple[str, str, DecisionRecord]]:
         """Everything that was stored: id, why, record."""
         self.recorder.stop()
         with self.store.read() as connection:
@@ -206,7 +206,7 @@ numbers = st.floats(0, 1e9)
 def test_a_row_takes_at_most_two_kilobytes_whatever_the_names(
     name: str, policies: str, instance: str, others: list[tuple[str, float]], failures: list[str]
 ) -> None:
-    record = Record(
+    record = DecisionRecord(
         "prefill", Rule(name, policies, name, failures), Asked(1, 0, name), Queue(), instance, decode_instance_id=name
     )
     elsewhere = [Elsewhere(other, seconds, 3) for other, seconds in others]

@@ -7,7 +7,7 @@ import msgspec
 import numpy as np
 
 from kairos.scheduler_core.decision import Reason, Standing
-from kairos.scheduler_core.service.decisions.record import Record, Spread, unpack
+from kairos.scheduler_core.service.decisions.record import DecisionRecord, Spread, unpack
 from kairos.scheduler_core.service.store.queries.decisions import DecisionRow, KeptFor, Outcome
 from kairos.scheduler_core.slo import ttft_met
 
@@ -18,7 +18,7 @@ class RecordedDecision(msgspec.Struct, frozen=True):
     decided_at: datetime
     decision_id: str
     kept_for: KeptFor
-    record: Record
+    record: DecisionRecord
 
 
 class Happened(msgspec.Struct, frozen=True):
@@ -80,7 +80,7 @@ _KEPT_FOR: dict[KeptFor, str] = {
 }
 
 
-def _chosen(record: Record) -> str:
+def _chosen(record: DecisionRecord) -> str:
     if record.status is not None:
         again = "" if record.retry_after_s is None else f"; it may come back after {record.retry_after_s} s"
         return f"It was not taken: {record.code} (status {record.status}){again}."
@@ -114,21 +114,21 @@ _CHOSEN_BY: dict[str, str] = {
 }
 
 
-def _behind(record: Record) -> str:
+def _behind(record: DecisionRecord) -> str:
     if not record.ahead_requests and record.ahead_s <= 0:
         return "with nobody before it"
     others = f"{record.ahead_requests} other{'s' if record.ahead_requests != 1 else ''}"
     return f"behind {others}, {_s(record.ahead_s)} of work"
 
 
-def _verdict(record: Record) -> str:
+def _verdict(record: DecisionRecord) -> str:
     if record.ttft_target_s is None:
         return "without a target"
     target = f"its target of {_s(record.ttft_target_s)}"
     return f"in time for {target}" if record.on_time else f"too late for {target}"
 
 
-def _circumstances(record: Record) -> Iterator[str]:
+def _circumstances(record: DecisionRecord) -> Iterator[str]:
     rule, queue, asked = record.rule, record.queue, record.asked
     cached = f", {asked.cached_tokens:,} of them cached" if asked.cached_tokens else ""
     alone = "" if record.predicted_prefill_s is None else f"; alone its prompt takes {_s(record.predicted_prefill_s)}"
@@ -147,7 +147,7 @@ def _circumstances(record: Record) -> Iterator[str]:
         yield f"Before it: {named}{f' and {more} more' if more > 0 else ''}."
 
 
-def _elsewhere(record: Record) -> str:
+def _elsewhere(record: DecisionRecord) -> str:
     what = "a decode step takes" if record.stage == "decode" else "its first token would come after"
     named = ", ".join(f"{e.instance_id} {_s(e.seconds)} ({e.requests} requests)" for e in record.elsewhere)
     rest = record.elsewhere_rest

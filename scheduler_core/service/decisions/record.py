@@ -87,7 +87,7 @@ class Queue(msgspec.Struct, frozen=True, omit_defaults=True):
     resident: int = 0
 
 
-class Record(msgspec.Struct, frozen=True, omit_defaults=True):
+class DecisionRecord(msgspec.Struct, frozen=True, omit_defaults=True):
     """A decision about one request. Seconds and tokens; lengths and times alone, never content."""
 
     stage: Stage
@@ -130,10 +130,10 @@ class Record(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 _encode = msgspec.msgpack.Encoder().encode
-_decoder = msgspec.msgpack.Decoder(Record)
+_decoder = msgspec.msgpack.Decoder(DecisionRecord)
 
 
-def pack(record: Record, elsewhere: Sequence[Elsewhere] = (), first: Sequence[First] = ()) -> bytes:
+def pack(record: DecisionRecord, elsewhere: Sequence[Elsewhere] = (), first: Sequence[First] = ()) -> bytes:
     """A record in at most `MOST_BYTES`: long names are cut, and of the alternatives as many are named as fit.
 
     Args:
@@ -149,7 +149,7 @@ def pack(record: Record, elsewhere: Sequence[Elsewhere] = (), first: Sequence[Fi
     return packed
 
 
-def unpack(packed: bytes) -> Record:
+def unpack(packed: bytes) -> DecisionRecord:
     """What `pack` wrote."""
     return _decoder.decode(packed)
 
@@ -169,7 +169,7 @@ _ID_BYTES, _NAME_BYTES, _RULE_BYTES = 48, 96, 192
 is never too long."""
 
 
-def _fitting(record: Record) -> Record:
+def _fitting(record: DecisionRecord) -> DecisionRecord:
     rule, asked = record.rule, record.asked
     return msgspec.structs.replace(
         record,
@@ -186,7 +186,9 @@ def _fitting(record: Record) -> Record:
     )
 
 
-def _with_alternatives(record: Record, elsewhere: Sequence[Elsewhere], first: Sequence[First], named: int) -> Record:
+def _with_alternatives(
+    record: DecisionRecord, elsewhere: Sequence[Elsewhere], first: Sequence[First], named: int
+) -> DecisionRecord:
     return msgspec.structs.replace(
         record,
         elsewhere=[msgspec.structs.replace(e, instance_id=_cut(e.instance_id, _ID_BYTES)) for e in elsewhere[:named]],

@@ -10,10 +10,10 @@ from kairos.scheduler_core.domain import RequestId
 from kairos.scheduler_core.service.decisions.record import (
     MOST_ALTERNATIVES,
     Asked,
+    DecisionRecord,
     Elsewhere,
     First,
     Queue,
-    Record,
     Rule,
     Spread,
     pack,
@@ -67,7 +67,7 @@ class Scene:
         told, reason = self._waiting[entry.request_id], entry.reason
         deadline_s, bound = entry.ttft_deadline_s, told.instance_id is not None
         line = self._lines[entry.instance_id]
-        record = Record(
+        record = DecisionRecord(
             "prefill",
             self._rule(entry.instance_id),
             Asked(told.prompt_tokens, told.cached_tokens, told.slo_class),
@@ -100,7 +100,7 @@ class Scene:
     def rejected(self, rejection: Rejection) -> DecisionRow:
         """A request that is not taken."""
         told = self._told(rejection.request_id)
-        record = Record(
+        record = DecisionRecord(
             "admission",
             self._rule(),
             _asked(told),
@@ -121,7 +121,7 @@ class Scene:
 
     def _decode(self, request_id: RequestId, step: DecodeAnswer, code: str, kept_for: KeptFor) -> DecisionRow:
         told = self._told(request_id)
-        record = Record(
+        record = DecisionRecord(
             "decode",
             self._rule(step.instance_id),
             _asked(told),

@@ -20,7 +20,7 @@ from kairos.scheduler_core.policy import (
     PrefillLoad,
     PrefillPlacementView,
 )
-from kairos.scheduler_core.service.decisions.record import Asked, Elsewhere, Queue, Record, Rule, Spread
+from kairos.scheduler_core.service.decisions.record import Asked, DecisionRecord, Elsewhere, Queue, Rule, Spread
 from kairos.scheduler_core.service.managed.fleet import LiveFleet, Member
 from kairos.scheduler_core.service.managed.load import Load
 from kairos.scheduler_core.service.managed.reservation import Met, Terms
@@ -53,7 +53,7 @@ class Choice(NamedTuple):
 
     terms: Terms | None
     """None: it was refused."""
-    record: Record
+    record: DecisionRecord
     elsewhere: list[Elsewhere]
     refusal: NotAdmittedError | None = None
 
@@ -96,7 +96,7 @@ class Placer:
             for number, (engine, load, seconds) in enumerate(zip(prefill, loads, ttfts_s, strict=True))
             if number != place
         ]
-        record = Record(
+        record = DecisionRecord(
             "admission",
             self._rule(decider, chosen.known.version, failures),
             Asked(asked.prompt_tokens, view.cached_tokens, asked.slo_class),
@@ -273,7 +273,7 @@ class Placer:
         )
 
     def _refused(self, asked: Announcement, decider: Decider, now_s: float, refusal: NotAdmittedError) -> Choice:
-        record = Record(
+        record = DecisionRecord(
             "admission",
             self._rule(decider, "", {}),
             Asked(asked.prompt_tokens, asked.cached_tokens, asked.slo_class),
