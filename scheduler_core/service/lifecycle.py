@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from kairos.scheduler_core.config import Settings
@@ -51,6 +52,9 @@ class Lifecycle:
             self._tell("configuration_refused", {"problem": str(problem)})
             return
         scheduler.configure(settings, profiles)
+        if self._plane.database:
+            with suppress(StoreError):  # seen again, and told, within a second
+                self._plane.database.changes.look("models")
         self._keys.configure(settings.access)
         waiting = [name for name in _AT_START_ONLY if getattr(settings, name) != getattr(before, name)]
         self._tell("configuration_taken", {"needs_restart": waiting})
