@@ -3,7 +3,8 @@
 A service runs as a process, with a database and keys, and is called over one kept-alive connection: `POST /schedule`
 (200 waiting requests) and `GET /strategies`, in turns. Rounds without and with a training at its side alternate; the
 training is `kairos train`, niced and with one thread, as the service starts it. The figures are of all calls of a kind,
-as the client sees them. The middleware is timed in this process: an application that answers nothing, with it and bare.
+as the client sees them; `load_of_others` is what else the machine did. The middleware is timed in this process: an
+application that answers nothing, with it and bare.
 
 Run: KAIROS_DATA=/path/to/data python benchmarks/service.py
 """
@@ -122,6 +123,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "service.json")
     options = parser.parse_args(arguments)
     body = snapshot_of(200)
+    others = os.getloadavg()[0]
     quiet: dict[str, list[float]] = {}
     busy: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name, service(Path(name), options.port) as client:
@@ -152,8 +154,13 @@ def main(arguments: Sequence[str]) -> None:
         print(f"{'':16s} ratio {ratios[call]:.2f}   goal <= {MOST_SLOWER}")
     print(f"the check of keys: {middleware['guarded'] - middleware['bare']:.1f} us a call")
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
-    machine = {"python": platform.python_version(), "cpus": os.cpu_count(), "system": platform.system()}
-    told = {"calls": options.calls * options.rounds, "figures": figures, "p99_ratios": ratios}
+    machine: dict[str, object] = {
+        "python": platform.python_version(),
+        "cpus": os.cpu_count(),
+        "system": platform.system(),
+    }
+    machine |= {"load_of_others": others}
+    told: dict[str, object] = {"calls": options.calls * options.rounds, "figures": figures, "p99_ratios": ratios}
     told |= {"middleware_cpu_us": middleware, "goal": {"p99_ratio": MOST_SLOWER}}
     head = {"commit": git.stdout.strip(), "command": "python benchmarks/service.py", "machine": machine}
     options.out.write_text(json.dumps(head | told, indent=2) + "\n")
