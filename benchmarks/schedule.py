@@ -185,7 +185,7 @@ def recorded_app(settings: Settings, answer: Answer) -> FastAPI:
         return answer
 
     app = FastAPI()
-    app.router.routes.append(schedule_route(decide, 2**26))
+    app.router.routes.append(schedule_route(decide))
     return app
 
 
@@ -215,7 +215,7 @@ def serve(kind: str, port: int, body: bytes, marks: Connection) -> None:
         app = create_app(settings_with_store(settings))
     elif kind == "route":
         app = FastAPI()
-        app.router.routes.append(schedule_route(lambda snapshot, now_s, body: answer, 2**26))
+        app.router.routes.append(schedule_route(lambda snapshot, now_s, body: answer))
     elif kind == "recorded":
         app = recorded_app(settings, answer)
     else:
