@@ -89,6 +89,7 @@ class Recorder:
         self._trails: dict[RequestId, Trail] = {}
         self._quiet: tuple[set[RequestId], set[RequestId]] = (set(), set())
         """Ids of which nothing new is to be told while they are predicted late, and while on time."""
+        self._started: set[RequestId] = set()
         self._long_waits: list[tuple[float, str, RequestId]] = []
         self._clean_at_s = 0.0
         self._stopped = Event()
@@ -97,7 +98,12 @@ class Recorder:
     # -- in
 
     def watch(self, decided: Decided) -> None:
-        """Take a decision over; counted as dropped where too many were not looked at yet."""
+        """Take a decision over if it has news; counted as dropped where too many were not looked at yet.
+
+        A snapshot without news is not held on to: memory that is used again at once costs less than a look at it.
+        """
+        if not self._has_news(decided):
+            return
         requests = len(decided.answer.prefill) + 1
         with self._lock:
             if self._waiting_requests + requests > _MOST_WAITING_REQUESTS and self._decided:
@@ -164,12 +170,8 @@ class Recorder:
 
     def look(self, decided: Decided) -> None:
         """Keep of a decision what is new and worth a row; what is too much for one look, the next one sees."""
-        answer, quiet = decided.answer, self._quiet
-        news: Sequence[PrefillAnswer] = answer.prefill
-        if not decided.failures:
-            news = [e for e in news if e.step_tokens or e.request_id not in quiet[e.on_time]]
-        if not (news or answer.rejected or answer.placements):
-            return
+        answer = decided.answer
+        news = self._news(decided)
         scene = Scene(decided, self._profiles())
         for entry in news[:_MOST_AT_ONCE]:
             self._look_at(entry, scene)
@@ -190,6 +192,21 @@ class Recorder:
                     if trail.rows < _MOST_ROWS:
                         self._add(scene.admitted(request_id, step), trail)
 
+    def _has_news(self, decided: Decided) -> bool:
+        return bool(self._news(decided) or decided.answer.rejected or decided.answer.placements)
+
+    def _news(self, decided: Decided) -> Sequence[PrefillAnswer]:
+        """Of whom there may be something new to tell: whoever starts, is new here, or is predicted otherwise."""
+        entries, quiet, started = decided.answer.prefill, self._quiet, self._started
+        if decided.failures:
+            return entries
+        return [
+            e
+            for e in entries
+            if e.request_id not in quiet[e.on_time]
+            or (e.step_tokens and (e.request_id not in started or e.reason.chosen_by is Reason.SHARE_GUARD))
+        ]
+
     def _look_at(self, entry: PrefillAnswer, scene: Scene) -> None:
         trail = self._trail(entry.request_id)
         reasons = set(_reasons(entry, bool(scene.decided.failures), self._settings.long_wait_s))
@@ -201,7 +218,9 @@ class Recorder:
             heapq.heappush(self._long_waits, (due_s, str(entry.request_id), entry.request_id))
         trail.reasons |= reasons
         trail.on_time = entry.on_time
-        trail.started = trail.started or starts
+        if starts:
+            trail.started = True
+            self._started.add(entry.request_id)
         self._quiet[entry.on_time].add(entry.request_id)
         self._quiet[not entry.on_time].discard(entry.request_id)
         if trail.reasons and (starts or ((new or turned) and trail.rows < _MOST_ROWS)):
@@ -231,6 +250,7 @@ class Recorder:
             if len(self._trails) <= _MOST_KNOWN and now_s - self._trails[oldest].began_s < FORGET_AFTER_S:
                 break
             del self._trails[oldest]
+            self._started.discard(oldest)
             for quiet in self._quiet:
                 quiet.discard(oldest)
 
