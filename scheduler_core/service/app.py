@@ -14,6 +14,7 @@ from kairos.scheduler_core.config import Settings, StoreSettings
 from kairos.scheduler_core.errors import KairosError
 from kairos.scheduler_core.service.access import Access, Keys
 from kairos.scheduler_core.service.bodies import Limits
+from kairos.scheduler_core.service.expiry import Expiry
 from kairos.scheduler_core.service.openapi import openapi_of
 from kairos.scheduler_core.service.plane import Database, Part, Plane
 from kairos.scheduler_core.service.problems import on_bug, on_http_error, on_kairos_error, on_unfit_request
@@ -81,7 +82,10 @@ def create_app(settings: Settings) -> FastAPI:
 
 def _parts(plane: Plane) -> list[Part]:
     """Everything beside `/schedule` and telemetry, in the order in which it starts."""
-    return []
+    parts: list[Part] = []
+    if plane.database and plane.settings.store:
+        parts.append(Expiry(plane.database.store, plane.settings.store.retention, plane.metrics))
+    return parts
 
 
 def _start(plane: Plane, parts: Sequence[Part]) -> None:

@@ -80,7 +80,7 @@ APP = create_app(settings_of(store={"url": f"sqlite:///{_FOLDER.name}/kairos.db"
 DOCUMENT: dict[str, Any] = call(APP, "GET", "/openapi.json").json()
 
 
-@pytest.mark.parametrize("name", ["steps", "requests"])
+@pytest.mark.parametrize("name", ["steps", "requests", "samples"])
 def test_the_routes_are_described_with_their_bodies_and_problems(name: str) -> None:
     operation = DOCUMENT["paths"][f"/telemetry/{name}"]["post"]
 

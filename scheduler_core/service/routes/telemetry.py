@@ -1,4 +1,4 @@
-"""`POST /telemetry/steps` and `/telemetry/requests`: batches into the store, acknowledged once they are committed.
+"""`POST /telemetry/steps`, `/requests` and `/samples`: batches into the store, acknowledged once they are committed.
 
 Who sends `prefer: respond-async` is answered 202 at once, and what the database does not take is kept in memory.
 """
@@ -37,12 +37,13 @@ from kairos.scheduler_core.service.schemas import (
     Problem,
     RequestsBody,
     RowsBody,
+    SamplesBody,
     StepsBody,
     TelemetryAnswer,
 )
-from kairos.scheduler_core.service.store.queries.telemetry import RequestBatch, StepBatch, Stored
-from kairos.scheduler_core.service.store.writer import Writer
-from kairos.scheduler_core.telemetry import RequestRow, StepRow, excluded_by
+from kairos.scheduler_core.service.store.queries.telemetry import RequestBatch, SampleBatch, StepBatch, Stored
+from kairos.scheduler_core.service.store.writer import Write, Writer
+from kairos.scheduler_core.telemetry import RequestRow, SampleRow, StepRow, excluded_by
 
 BATCH_ID_HEADER = "x-kairos-batch-id"
 JSON_LINES = ("application/x-ndjson", "application/jsonl")
@@ -52,7 +53,7 @@ _SHOWN = 1_000
 _encoder = msgspec.json.Encoder()
 _rows_decoder = msgspec.json.Decoder(list[msgspec.Raw] | RowsBody)
 
-Row = TypeVar("Row", StepRow, RequestRow)
+Row = TypeVar("Row", StepRow, RequestRow, SampleRow)
 
 
 def telemetry_routes(writer: Writer, metrics: Metrics, max_body_bytes: int) -> list[Route]:
@@ -61,6 +62,7 @@ def telemetry_routes(writer: Writer, metrics: Metrics, max_body_bytes: int) -> l
     kinds: list[Kind[Any]] = [
         Kind("steps", Rows(StepRow, StepsBody), StepBatch, lambda row: excluded_by(row.flag)),
         Kind("requests", Rows(RequestRow, RequestsBody), RequestBatch),
+        Kind("samples", Rows(SampleRow, SamplesBody), SampleBatch),
     ]
     return [
         Route(f"/telemetry/{kind.name}", TelemetryEndpoint(kind, writer, metrics, max_body_bytes), methods=["POST"])
@@ -82,7 +84,7 @@ class Read(Generic[Row]):
 class Rows(Generic[Row]):
     """Reads bodies with rows of one kind: all at once where nothing is wrong, otherwise row by row."""
 
-    def __init__(self, row: type[Row], body: type[StepsBody] | type[RequestsBody]) -> None:
+    def __init__(self, row: type[Row], body: type[StepsBody | RequestsBody | SamplesBody]) -> None:
         self._row: msgspec.json.Decoder[Row] = msgspec.json.Decoder(row)
         self._body = msgspec.json.Decoder(list[row] | body)  # type: ignore[valid-type]  # known when it runs
 
@@ -134,7 +136,7 @@ class Kind(Generic[Row]):
 
     name: str
     rows: Rows[Row]
-    batch_of: Callable[[str, bytes, list[Row]], StepBatch | RequestBatch]
+    batch_of: Callable[[str, bytes, list[Row]], StepBatch | RequestBatch | SampleBatch]
     """Id, digest, rows."""
     excluded_by: Callable[[Row], str | None] = lambda row: None
     """Which flag leaves a row out."""
@@ -190,7 +192,7 @@ class TelemetryEndpoint(Generic[Row]):
         excluded = Counter(flag for flag in flags if flag)
         return [row for row, flag in zip(rows, flags, strict=True) if not flag] if excluded else rows, dict(excluded)
 
-    def _put(self, batch: StepBatch | RequestBatch, keep: bool) -> "Future[Stored]":
+    def _put(self, batch: Write[Stored], keep: bool) -> "Future[Stored]":
         """Have it written, and count what becomes of it."""
         try:
             future = self._writer.put(batch, keep=keep)
