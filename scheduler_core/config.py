@@ -161,6 +161,8 @@ class Group(Section):
     """Address of a live worker."""
     engine: Literal["vllm", "sglang"] | None = None
     """What answers at `url`."""
+    forward_pass: Annotated[str, Field(pattern=r"^(tcp|ipc)://\S+$")] | None = None
+    """Where it publishes forward-pass metrics (docs/telemetry.md)."""
 
 
 class PrefillGroup(Group):
