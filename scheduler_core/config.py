@@ -330,8 +330,23 @@ class ServiceSettings(Section):
     max_requests: Count = 20_000
     """Requests in one snapshot; more is answered 413."""
     max_body_bytes: Count = 64 * 2**20
+    clock_scale: Annotated[Positive, Field(le=3600)] = 1.0
+    """How much faster than real time experiments run; for a simulated fleet, which must have the same."""
+    schedule_key: SecretStr | None = None
+    """What schedules of experiments are signed with; None: a key is drawn for each experiment and kept in the store."""
     client_timeout_s: Positive = 30.0
     """How long a client may take to send the head of a request, and then its body."""
+    log_format: Literal["json", "text"] = "json"
+    drain_s: Positive = 20.0
+    """From SIGTERM until the process has ended."""
+    drain_notice_s: NotNegative = 2.0
+    """How much of that requests are still taken, while /readyz says that no more should come."""
+
+    @model_validator(mode="after")
+    def _notice_within_the_drain(self) -> "ServiceSettings":
+        if self.drain_notice_s >= self.drain_s:
+            _refuse([(("drain_notice_s",), f"must be below drain_s, {self.drain_s:g}")])
+        return self
 
 
 Role = Literal["read", "schedule", "operate"]
@@ -373,6 +388,13 @@ class Retention(Section):
     events_days: Count | None = 365
     rollups_days: Count | None = 1095
     """The sums by the hour that steps and requests leave behind."""
+
+
+class TracingSettings(Section):
+    """Where traces go."""
+
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    """An OpenTelemetry collector's address, without /v1/traces; None: there are no traces."""
 
 
 class StoreSettings(Section):
@@ -432,6 +454,7 @@ class Settings(Section):
     active: str = "kairos"
     service: ServiceSettings = ServiceSettings()
     access: AccessSettings = AccessSettings()
+    tracing: TracingSettings = TracingSettings()
     store: StoreSettings | None = None
     """None: nothing is kept, and there are no routes for telemetry."""
 

@@ -73,7 +73,12 @@ def test_profiles_and_a_fleet_are_enough_and_the_rest_has_defaults(tmp_path: Pat
         "port": 8011,
         "max_requests": 20_000,
         "max_body_bytes": 67_108_864,
+        "clock_scale": 1.0,
+        "schedule_key": None,
         "client_timeout_s": 30.0,
+        "log_format": "json",
+        "drain_s": 20.0,
+        "drain_notice_s": 2.0,
     }
 
 
