@@ -41,8 +41,14 @@ from kairos.scheduler_core.service.schemas import (
     StepsBody,
     TelemetryAnswer,
 )
-from kairos.scheduler_core.service.store.queries.telemetry import RequestBatch, SampleBatch, StepBatch, Stored
-from kairos.scheduler_core.service.store.writer import Write, Writer
+from kairos.scheduler_core.service.store.queries.telemetry import (
+    RequestBatch,
+    SampleBatch,
+    StepBatch,
+    Stored,
+    TelemetryBatch,
+)
+from kairos.scheduler_core.service.store.writer import Writer
 from kairos.scheduler_core.telemetry import RequestRow, SampleRow, StepRow, excluded_by
 
 BATCH_ID_HEADER = "x-kairos-batch-id"
@@ -145,7 +151,7 @@ class Kind(Generic[Row]):
 
     name: str
     rows: Rows[Row]
-    batch_of: Callable[[str, bytes, list[Row]], StepBatch | RequestBatch | SampleBatch]
+    batch_of: Callable[[str, bytes, list[Row]], TelemetryBatch[Row]]
     """Id, digest, rows."""
     excluded_by: Callable[[Row], str | None] = lambda row: None
     """Which flag leaves a row out."""
@@ -203,7 +209,7 @@ class TelemetryEndpoint(Generic[Row]):
         excluded = Counter(flag for flag in flags if flag)
         return [row for row, flag in zip(rows, flags, strict=True) if not flag] if excluded else rows, dict(excluded)
 
-    def _put(self, batch: Write[Stored], keep: bool) -> "Future[Stored]":
+    def _put(self, batch: TelemetryBatch[Row], keep: bool) -> "Future[Stored]":
         """Have it written, and count what becomes of it."""
         try:
             future = self._writer.put(batch, keep=keep)
@@ -213,14 +219,14 @@ class TelemetryEndpoint(Generic[Row]):
         future.add_done_callback(lambda ended: self._ended(ended, batch, keep))
         return future
 
-    def _ended(self, future: "Future[Stored]", batch: StepBatch | RequestBatch, keep: bool) -> None:
+    def _ended(self, future: "Future[Stored]", batch: TelemetryBatch[Row], keep: bool) -> None:
         if future.cancelled() or future.exception():
             self._count("dropped" if keep else "refused", batch.row_count)
         elif future.result().duplicate:
             self._count("duplicate", batch.row_count)
         else:
             self._count("stored", batch.row_count)
-            self._kind.stored(batch.rows)  # type: ignore[arg-type]  # a kind's batches have its rows
+            self._kind.stored(batch.rows)
 
     def _count(self, outcome: str, rows: int) -> None:
         if rows:

@@ -52,7 +52,7 @@ Row = TypeVar("Row", StepRow, RequestRow, SampleRow)
 
 
 @dataclass(frozen=True, slots=True)
-class Rows(ABC, Generic[Row]):
+class TelemetryBatch(ABC, Generic[Row]):
     """Rows of one kind that are stored together or not at all."""
 
     rows_of: ClassVar[str]
@@ -76,7 +76,7 @@ class Rows(ABC, Generic[Row]):
         """Store the rows under the key of their batch."""
 
 
-class StepBatch(Rows[StepRow]):
+class StepBatch(TelemetryBatch[StepRow]):
     """Steps that are stored together or not at all."""
 
     rows_of = "steps"
@@ -88,7 +88,7 @@ class StepBatch(Rows[StepRow]):
         _copy(connection, Step, _STEP_COLUMNS, (_step_values(key, recordings, row) for row in self.rows))
 
 
-class RequestBatch(Rows[RequestRow]):
+class RequestBatch(TelemetryBatch[RequestRow]):
     """Requests that are stored together or not at all."""
 
     rows_of = "requests"
@@ -99,7 +99,7 @@ class RequestBatch(Rows[RequestRow]):
         _copy(connection, Request, _REQUEST_COLUMNS, (_request_values(key, recordings, row) for row in self.rows))
 
 
-class SampleBatch(Rows[SampleRow]):
+class SampleBatch(TelemetryBatch[SampleRow]):
     """Samples of instances that are stored together or not at all."""
 
     rows_of = "samples"
@@ -109,7 +109,7 @@ class SampleBatch(Rows[SampleRow]):
         _copy(connection, InstanceSample, _SAMPLE_COLUMNS, (_sample_values(key, row) for row in self.rows))
 
 
-def add_batch(connection: Connection, batch: Rows[Any]) -> Stored:
+def add_batch(connection: Connection, batch: TelemetryBatch[Any]) -> Stored:
     """Store a batch, unless one of its id is there.
 
     Raises:
@@ -126,7 +126,7 @@ RecordingKey = tuple[str, str, str, int, int, str, str]
 """gpu, model, precision, tp, ep, engine, run."""
 
 
-def _batch_key(connection: Connection, batch: Rows[Any]) -> int | Stored:
+def _batch_key(connection: Connection, batch: TelemetryBatch[Any]) -> int | Stored:
     """The key of a new batch, or what was stored of it before."""
     values = {"digest": batch.digest, "received_at": datetime.now(UTC), "stored": len(batch.rows)}
     new = insert_into(connection, Batch).values(rows_of=batch.rows_of, batch_id=batch.batch_id, **values)
