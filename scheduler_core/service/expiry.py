@@ -32,23 +32,26 @@ class Expiry:
         self._metrics = metrics
         self._holder = uuid.uuid4().hex
         self._stopped = Event()
-        self._thread = Thread(target=self._run, name="kairos-expiry", daemon=True)
+        self._thread: Thread | None = None
 
     def routes(self) -> Sequence[BaseRoute]:
         """None: it works in the background."""
         return ()
 
     def start(self) -> None:
-        """Begin."""
+        """Begin; after `stop`, anew."""
+        self._stopped.clear()
+        self._thread = Thread(target=self._run, name="kairos-expiry", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
         """Return once the page in work is done."""
         self._stopped.set()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _run(self) -> None:
-        while not self._stopped.is_set():
+        while True:
             try:
                 self.expire()
             except StoreError as error:
@@ -57,7 +60,8 @@ class Expiry:
             except Exception:
                 self._metrics.expiry_failures.inc()
                 _log.exception("old rows stay until the next hour")
-            self._stopped.wait(EVERY_S)
+            if self._stopped.wait(EVERY_S):
+                return
 
     def expire(self) -> None:
         """Delete what is old, unless another replica does.

@@ -245,17 +245,18 @@ def test_the_background_starts_by_itself_survives_a_database_that_is_away_and_en
     with store.write() as connection:
         connection.execute(text("ALTER TABLE leases RENAME TO elsewhere"))
     expiry = Expiry(store, Retention(), metrics)
-    expiry.start()
-    expiry.stop()
+    for _ in range(2):
+        expiry.start()
+        expiry.stop()
 
-    assert metrics.registry.get_sample_value("kairos_expiry_failures_total") == 1
+    assert metrics.registry.get_sample_value("kairos_expiry_failures_total") == 2
 
 
 @pytest.mark.parametrize("kind", ["steps", "requests"])
 def test_the_database_takes_bytes_a_row_times_rows_a_day_times_days_kept(store: Store, kind: str) -> None:
-    a_day, days = 4_000, 5
+    a_day, days = 2_000, 5
     empty = used_bytes(store)
-    for day in range(9):
+    for day in range(8):
         expire(store, Retention(steps_days=days, requests_days=days), NOW - timedelta(days=20 - day - 0.5))
         if not store.embedded:  # its own vacuum would, in time
             with store.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
