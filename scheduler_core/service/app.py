@@ -17,6 +17,7 @@ from kairos.scheduler_core.service.access import Access, Keys
 from kairos.scheduler_core.service.attainment import Outcomes
 from kairos.scheduler_core.service.bodies import Limits
 from kairos.scheduler_core.service.decisions.part import Decisions
+from kairos.scheduler_core.service.expiry import Expiry
 from kairos.scheduler_core.service.lifecycle import Lifecycle
 from kairos.scheduler_core.service.live import Live
 from kairos.scheduler_core.service.managed.part import Managed
@@ -98,6 +99,8 @@ def create_app(settings: Settings, replay: Replay | None = None) -> FastAPI:
 def _parts(plane: Plane, outcomes: Outcomes) -> list[Part]:
     """Everything beside `/schedule` and telemetry, in the order in which it starts."""
     parts: list[Part] = [Live(plane)]
+    if plane.database and plane.settings.store:
+        parts.append(Expiry(plane.database.store, plane.settings.store.retention, plane.metrics))
     if plane.database:
         decisions = Decisions(plane, plane.database)
         parts += [decisions, Managed(plane, plane.database, decisions.recorder, outcomes.note)]

@@ -4,7 +4,6 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ from kairos.scheduler_core.service.plane import Database
 from kairos.scheduler_core.service.schedule import Scheduler
 from kairos.scheduler_core.service.schemas import Snapshot
 from kairos.scheduler_core.service.store.changes import Changes
-from kairos.scheduler_core.service.store.queries.decisions import decisions_of, delete_decisions_before
+from kairos.scheduler_core.service.store.queries.decisions import decisions_of
 from kairos.scheduler_core.service.store.queries.telemetry import RequestBatch, add_batch
 from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.tables import Decision
@@ -230,16 +229,6 @@ def test_rows_that_nobody_can_store_are_counted_and_the_oldest_go(tmp_path: Any)
     assert len(waiting) == 10
     assert made.metrics.registry.get_sample_value("kairos_decisions_dropped_total") == 30.0
     away.close()
-
-
-def test_old_decisions_are_deleted(store: Store) -> None:
-    with recorded(store, sample_share=1.0) as made:
-        made.decide(waiting=[waits("a"), waits("b")])
-        made.rows()
-        now = datetime.now(UTC)
-
-        assert delete_decisions_before(store, now + timedelta(days=1), keep_days=2.0) == 0
-        assert delete_decisions_before(store, now + timedelta(days=3), keep_days=2.0) >= 2
 
 
 # -- told again ------------------------------------------------------------------------------------------------------

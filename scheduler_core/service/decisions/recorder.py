@@ -29,7 +29,6 @@ from kairos.scheduler_core.service.store.queries.decisions import (
     DecisionRow,
     DecisionRows,
     KeptFor,
-    delete_decisions_before,
 )
 
 _log = logging.getLogger(__name__)
@@ -45,7 +44,6 @@ _MOST_KNOWN = 200_000
 """Requests remembered at once."""
 _MOST_WAITING_REQUESTS = 200_000
 """Of decisions that were not looked at yet."""
-_CLEAN_EVERY_S = 600.0
 
 
 def in_sample(request_id: str, share: float) -> bool:
@@ -91,7 +89,6 @@ class Recorder:
         """Ids of which nothing new is to be told while they are predicted late, and while on time."""
         self._started: set[RequestId] = set()
         self._long_waits: list[tuple[float, str, RequestId]] = []
-        self._clean_at_s = 0.0
         self._stopped = Event()
         self._thread = Thread(target=self._run, name="kairos-decisions", daemon=True)
 
@@ -163,7 +160,6 @@ class Recorder:
                 self.look(decided)
             self._forget()
             self._send()
-            self._clean()
         except Exception:  # the thread's top: what was being looked at is lost, the next is not
             self._metrics.decisions_dropped.inc()
             _log.exception("decisions were not recorded")
@@ -295,16 +291,6 @@ class Recorder:
             for _ in range(excess):
                 self._rows.popleft()
         self._metrics.decisions_dropped.inc(excess)
-
-    def _clean(self) -> None:
-        """Delete what is older than `keep_days`, every few minutes."""
-        if (now_s := time.monotonic()) < self._clean_at_s:
-            return
-        self._clean_at_s = now_s + _CLEAN_EVERY_S
-        try:
-            delete_decisions_before(self._database.store, datetime.now(UTC), self._settings.keep_days)
-        except StoreError as error:
-            _log.warning("old decisions were not deleted: %s", error)
 
 
 def _best(reasons: Collection[KeptFor]) -> KeptFor:

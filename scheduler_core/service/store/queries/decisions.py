@@ -1,11 +1,11 @@
-"""Decisions: rows in, those of a request out, old ones gone."""
+"""Decisions: rows in, those of a request out, ids forgotten."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Literal, NamedTuple, cast
 
-from sqlalchemy import ColumnElement, Connection, delete, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, insert, or_, select, update
 
 from kairos.scheduler_core.service.decisions.record import without_ids
 from kairos.scheduler_core.service.store.session import Store
@@ -88,18 +88,6 @@ def outcome_of(connection: Connection, request_id: str, tenant: str | None) -> O
         mine = mine.where(Request.tenant == tenant)
     row = connection.execute(mine.order_by(Request.id.desc()).limit(1)).first()
     return None if row is None else Outcome(REQUEST_STATUSES[row[0]], *row[1:])
-
-
-def delete_decisions_before(store: Store, now: datetime, keep_days: float) -> int:
-    """Delete what is older, in short transactions; how many rows."""
-    old = select(Decision.id).where(Decision.decided_at < now - timedelta(days=keep_days)).limit(_PAGE_ROWS)
-    total = 0
-    while True:
-        with store.write() as connection:
-            deleted = connection.execute(delete(Decision).where(Decision.id.in_(old))).rowcount
-        total += deleted
-        if deleted < _PAGE_ROWS:
-            return total
 
 
 def forget_decisions(store: Store, *, tenants: Sequence[str], requests: Sequence[str], everyone: bool) -> None:
