@@ -26,6 +26,7 @@ def upgrade() -> None:
     for column in added:
         op.add_column("requests", column)
     op.create_index("ix_requests_arrived_at_s", "requests", ["arrived_at_s"])
+    op.add_column("steps", sa.Column("ended_at_s", sa.Double))
     op.add_column("models", sa.Column("report", sa.JSON))
     op.create_table(
         "events",
@@ -129,6 +130,7 @@ def downgrade() -> None:
     for table in ("decisions", "leases", "events"):
         op.drop_table(table)
     op.drop_column("models", "report")
+    op.drop_column("steps", "ended_at_s")
     op.drop_index("ix_requests_arrived_at_s", "requests")
     for added in ("arrived_at_s", "status", "ttft_target_s", "tpot_target_s", "wait_s", "strategy", "session", "pool"):
         op.drop_column("requests", added)

@@ -119,6 +119,8 @@ class Step(Table):
     prev_phase: Mapped[int] = mapped_column(SmallInteger)
     """Place in PHASES."""
     noisy: Mapped[bool]
+    ended_at_s: Mapped[float | None]
+    """UTC epoch seconds; null: not told, its batch says when it came."""
 
 
 class Request(Table):

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, or_, select, update
+from sqlalchemy import ColumnElement, Connection, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from kairos.scheduler_core.domain import Profile
@@ -139,7 +139,7 @@ def _request_recording(row: RequestRow) -> RecordingKey:
 
 _STEP_COLUMNS = (
     *("batch", "step_s", "cached_tokens", "sum_context_tokens", "recording", "n_requests", "new_tokens", "batch_size"),
-    *("kind", "prev_phase", "noisy"),
+    *("kind", "prev_phase", "noisy", "ended_at_s"),
 )
 _KIND_PLACE = {kind: place for place, kind in enumerate(STEP_KINDS)}
 _PHASE_PLACE = {phase: place for place, phase in enumerate(PHASES)}
@@ -158,6 +158,7 @@ def _step_values(batch: int, recordings: dict[RecordingKey, int], row: StepRow) 
         _KIND_PLACE[row.step_kind],
         _PHASE_PLACE[row.prev_phase],
         "noisy" in row.flag.split(";"),
+        row.ended_at_s,
     )
 
 
@@ -261,11 +262,15 @@ def read_steps(store: Store, after: int = 0) -> tuple[list[Steps], int]:
 
 
 _NUMBERS = ("step_s", "n_requests", "new_tokens", "cached_tokens", "batch_size", "sum_context_tokens")
-_STEPS_OUT = (Step.id, Step.recording, Step.kind, Step.prev_phase, Step.noisy, *(getattr(Step, n) for n in _NUMBERS))
+_STEPS_OUT = (
+    *(Step.id, Step.recording, Step.kind, Step.prev_phase, Step.noisy),
+    *(getattr(Step, name) for name in _NUMBERS),
+    func.coalesce(Step.ended_at_s, 0.0).label("ended_at_s"),
+)
 
 
 def _steps_of(profile: Profile, kind: StepKind, rows: FloatArray) -> Steps:
-    """Steps from (n, 11) numbers in the order of `_STEPS_OUT`, oldest first."""
+    """Steps from (n, 12) numbers in the order of `_STEPS_OUT`, oldest first."""
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
     columns = {column.key: rows[:, place] for place, column in enumerate(_STEPS_OUT)}
     return Steps(
@@ -275,6 +280,7 @@ def _steps_of(profile: Profile, kind: StepKind, rows: FloatArray) -> Steps:
         prev_phase=columns["prev_phase"].astype(np.int64),
         run=columns["recording"].astype(np.int64),
         noisy=columns["noisy"] > 0,
+        ended_at_s=columns["ended_at_s"],
     )
 
 
