@@ -7,6 +7,7 @@ from typing import Any
 
 from anyio import to_thread
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 import kairos
@@ -14,7 +15,7 @@ from kairos.scheduler_core.config import Settings, StoreSettings
 from kairos.scheduler_core.errors import ConfigError, KairosError
 from kairos.scheduler_core.service.openapi import openapi_of
 from kairos.scheduler_core.service.plane import Database, Part, Plane
-from kairos.scheduler_core.service.problems import on_bug, on_http_error, on_kairos_error
+from kairos.scheduler_core.service.problems import on_bug, on_http_error, on_kairos_error, on_unfit_request
 from kairos.scheduler_core.service.routes.overview import overview_router
 from kairos.scheduler_core.service.routes.schedule import schedule_route
 from kairos.scheduler_core.service.routes.telemetry import telemetry_routes
@@ -58,6 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.router.routes.extend(part.routes())
     app.add_exception_handler(KairosError, on_kairos_error)
     app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(RequestValidationError, on_unfit_request)
     app.add_exception_handler(Exception, on_bug)
     document: dict[str, Any] = {}
 

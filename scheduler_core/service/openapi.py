@@ -8,7 +8,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
-from kairos.scheduler_core.service.problems import PROBLEM_TYPE, problem_of
+from kairos.scheduler_core.service.problems import PROBLEM_TYPE, problem_of, problem_responses
 from kairos.scheduler_core.service.schemas import (
     Answer,
     FieldProblem,
@@ -56,7 +56,22 @@ def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
         for told in (StepsBody, StepRow, RequestsBody, RequestRow, TelemetryAnswer):
             del components[told.__name__]
     document["components"]["schemas"].update(components)
+    _one_shape_of_errors(document)
     return document
+
+
+def _one_shape_of_errors(document: dict[str, Any]) -> None:
+    """Say of FastAPI's routes that what does not fit is answered with a problem too."""
+    unfit = {str(status): told for status, told in problem_responses(**_UNFIT).items()}
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            if "HTTPValidationError" in str(operation["responses"].get("422")):
+                operation["responses"] |= unfit if "requestBody" in operation else {"422": unfit["422"]}
+    for replaced in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(replaced, None)
+
+
+_UNFIT = {"s400": "The body is no JSON.", "s422": "A field does not fit; `errors` has its path."}
 
 
 def _telemetry(name: str, body: Any, row: Any, stored: Any, problem: Any) -> dict[str, Any]:
