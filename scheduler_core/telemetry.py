@@ -112,7 +112,7 @@ class StepRow(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True)
     sum_context_tokens: SumTokens = 0
     prev_phase: Literal["", "idle", "context", "decode", "mixed"] = ""
     ended_at_s: Annotated[float, Meta(ge=0, le=10**11)] | None = None
-    """UTC epoch seconds of its end; without it, that of its arrival here counts."""
+    """UTC epoch seconds of its end; without it, its arrival here counts."""
     flag: Word = ""
     source: Word = ""
     """This field and those below are in files and taken, but not kept."""

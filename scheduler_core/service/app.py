@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 import kairos
 from kairos.scheduler_core.config import Settings, StoreSettings
 from kairos.scheduler_core.errors import ConfigError, KairosError
+from kairos.scheduler_core.service.models.part import ModelsPart
 from kairos.scheduler_core.service.openapi import openapi_of
 from kairos.scheduler_core.service.plane import Database, Part, Plane
 from kairos.scheduler_core.service.problems import on_bug, on_http_error, on_kairos_error, on_unfit_request
@@ -74,7 +75,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 def _parts(plane: Plane) -> list[Part]:
     """Everything beside `/schedule` and telemetry, in the order in which it starts."""
-    return []
+    return [ModelsPart(plane, plane.database)] if plane.database else []
 
 
 def _start(plane: Plane, parts: Sequence[Part]) -> None:

@@ -371,6 +371,8 @@ class Readiness(BaseModel):
     """Where step times come from, by profile."""
     database: Literal["none", "ready", "away"] = "none"
     """Away: telemetry is refused, decisions go on."""
+    troubles: list[str] = []
+    """What an operator should mend: promoted models that cannot be read. The ones before them serve."""
 
 
 class StrategyText(BaseModel):

@@ -22,6 +22,7 @@ def overview_router(scheduler: Scheduler, store: Store | None) -> APIRouter:
         return Readiness(
             model_versions={name: known.version for name, known in scheduler.profiles.by_name.items()},
             database="none" if store is None else "ready" if store.is_there() else "away",
+            troubles=list(scheduler.profiles.troubles),
         )
 
     @router.get("/strategies")

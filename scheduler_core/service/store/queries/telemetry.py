@@ -1,5 +1,6 @@
 """Telemetry: batches in, steps out for training, ids forgotten."""
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -84,7 +85,8 @@ def add_batch(connection: Connection, batch: StepBatch | RequestBatch) -> Stored
         if isinstance(key, Stored):
             return key
         recordings = _recordings(connection, {_step_recording(row) for row in batch.rows})
-        _copy(connection, Step, _STEP_COLUMNS, (_step_values(key, recordings, row) for row in batch.rows))
+        arrived_at_s = time.time()
+        _copy(connection, Step, _STEP_COLUMNS, (_step_values(key, recordings, row, arrived_at_s) for row in batch.rows))
     else:
         key = _batch_key(connection, "requests", batch)
         if isinstance(key, Stored):
@@ -145,7 +147,7 @@ _KIND_PLACE = {kind: place for place, kind in enumerate(STEP_KINDS)}
 _PHASE_PLACE = {phase: place for place, phase in enumerate(PHASES)}
 
 
-def _step_values(batch: int, recordings: dict[RecordingKey, int], row: StepRow) -> tuple[Any, ...]:
+def _step_values(batch: int, recordings: dict[RecordingKey, int], row: StepRow, arrived_at_s: float) -> tuple[Any, ...]:
     return (
         batch,
         row.latency_ms / 1e3,
@@ -158,7 +160,7 @@ def _step_values(batch: int, recordings: dict[RecordingKey, int], row: StepRow) 
         _KIND_PLACE[row.step_kind],
         _PHASE_PLACE[row.prev_phase],
         "noisy" in row.flag.split(";"),
-        row.ended_at_s,
+        arrived_at_s if row.ended_at_s is None else row.ended_at_s,
     )
 
 
@@ -233,16 +235,20 @@ def _copy(connection: Connection, table: type[Table], columns: Sequence[str], ro
 # -- telemetry out ---------------------------------------------------------------------------------------------------
 
 
-def read_steps(store: Store, after: int = 0) -> tuple[list[Steps], int]:
-    """All steps with an id above `after`, by profile and kind, in the order they came; and the highest id.
+def read_steps(store: Store, after: int = 0, most: int | None = None) -> tuple[list[Steps], int]:
+    """All steps with an id above `after`, by profile and kind, in the order they came; and the id to go on from.
 
+    With `most`, only those of the next so many ids.
     Read in short transactions, so that writers never wait for a training. `run` is the recording's id.
     """
     pages: dict[tuple[int, int], list[FloatArray]] = {}
+    with store.read() as connection:
+        newest = connection.scalar(select(func.max(Step.id))) or 0
+    last = max(after, newest if most is None else min(newest, after + most))
     while True:
         with store.read() as connection:
             rows = connection.execute(
-                select(*_STEPS_OUT).where(Step.id > after).order_by(Step.id).limit(PAGE_ROWS)
+                select(*_STEPS_OUT).where(Step.id > after, Step.id <= last).order_by(Step.id).limit(PAGE_ROWS)
             ).all()
         if not rows:
             break
@@ -258,14 +264,13 @@ def read_steps(store: Store, after: int = 0) -> tuple[list[Steps], int]:
     for (recording, kind), parts in pages.items():
         groups.setdefault((profiles[recording], STEP_KINDS[kind]), []).extend(parts)
     ordered = sorted(groups.items(), key=lambda item: (item[0][0].profile_id, item[0][1]))
-    return [_steps_of(profile, kind, np.concatenate(parts)) for (profile, kind), parts in ordered], after
+    return [_steps_of(profile, kind, np.concatenate(parts)) for (profile, kind), parts in ordered], last
 
 
 _NUMBERS = ("step_s", "n_requests", "new_tokens", "cached_tokens", "batch_size", "sum_context_tokens")
 _STEPS_OUT = (
-    *(Step.id, Step.recording, Step.kind, Step.prev_phase, Step.noisy),
+    *(Step.id, Step.recording, Step.kind, Step.prev_phase, Step.noisy, Step.ended_at_s),
     *(getattr(Step, name) for name in _NUMBERS),
-    func.coalesce(Step.ended_at_s, 0.0).label("ended_at_s"),
 )
 
 
