@@ -52,6 +52,7 @@ def commands() -> "typer.Typer":
         configuration,
         db,
         demo,
+        keys,
         models,
         policies,
         report,
@@ -68,7 +69,7 @@ def commands() -> "typer.Typer":
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for group in (demo, simulate, models, telemetry, traces, policies, report, serve, db, configuration):
+    for group in (demo, simulate, models, telemetry, traces, policies, report, serve, db, keys, configuration):
         group.register(app)
     return app
 

@@ -1,6 +1,5 @@
 """The control plane as a FastAPI application: routes, the errors' one shape, and its OpenAPI document."""
 
-import ipaddress
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,7 +11,9 @@ from starlette.exceptions import HTTPException
 
 import kairos
 from kairos.scheduler_core.config import Settings, StoreSettings
-from kairos.scheduler_core.errors import ConfigError, KairosError
+from kairos.scheduler_core.errors import KairosError
+from kairos.scheduler_core.service.access import Access, Keys
+from kairos.scheduler_core.service.bodies import Limits
 from kairos.scheduler_core.service.models.part import ModelsPart
 from kairos.scheduler_core.service.openapi import openapi_of
 from kairos.scheduler_core.service.plane import Database, Part, Plane
@@ -37,6 +38,9 @@ def create_app(settings: Settings) -> FastAPI:
     strategies = {name: choice.as_strategy(name).check() for name, choice in settings.strategies.items()}
     scheduler = Scheduler(settings, strategies)
     plane = Plane(settings, scheduler, _opened(settings.store))
+    keys = Keys(settings.access, plane.database.store if plane.database else None)
+    if plane.database:
+        plane.database.changes.watch("keys", keys.look)
     parts = _parts(plane)
 
     @asynccontextmanager
@@ -55,13 +59,16 @@ def create_app(settings: Settings) -> FastAPI:
     database = plane.database
     if database:
         app.router.routes.extend(telemetry_routes(database.writer, settings.service.max_body_bytes))
-    app.include_router(overview_router(scheduler, database.store if database else None), tags=["overview"])
+    app.include_router(overview_router(plane), tags=["overview"])
     for part in parts:
         app.router.routes.extend(part.routes())
     app.add_exception_handler(KairosError, on_kairos_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(RequestValidationError, on_unfit_request)
     app.add_exception_handler(Exception, on_bug)
+    app.add_middleware(Limits, most_bytes=settings.service.max_body_bytes, most_s=settings.service.client_timeout_s)
+    app.add_middleware(Access, keys=keys, metrics=plane.metrics)  # the last one is the first to see a request
+    app.state.keys = keys
     document: dict[str, Any] = {}
 
     def openapi() -> dict[str, Any]:
@@ -102,17 +109,3 @@ def _opened(settings: StoreSettings | None) -> Database | None:
     store = Store(settings.url.get_secret_value())
     require_served(store)
     return Database(store, Writer(store, settings.queued_rows), Changes(store))
-
-
-def require_loopback(host: str) -> None:
-    """Pass an address that only this machine can reach.
-
-    Raises:
-        ConfigError: others can, and there are no keys to tell them apart.
-    """
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
-        raise ConfigError(f"host '{host}' is open to other machines, and the service has no keys yet; use 127.0.0.1")

@@ -39,6 +39,12 @@ class Metrics:
         self.reservations_ended = Counter(
             "kairos_reservations_ended", "Reservations that ended, by how.", ["how"], registry=registry
         )
+        self.refused = Counter(
+            "kairos_refused_requests",
+            "Requests without a key that may make them, by what they were answered (401, 403).",
+            ["status"],
+            registry=registry,
+        )
         self.telemetry_rows = Counter(
             "kairos_telemetry_rows",
             "Rows of telemetry, by kind and what became of them.",

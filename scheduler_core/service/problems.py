@@ -48,7 +48,9 @@ async def on_kairos_error(request: Request, error: Exception) -> Response:
 async def on_http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses: unknown route, wrong method."""
     assert isinstance(error, HTTPException)
-    detail = f"{request.method} {request.url.path}: {error.detail.lower()}; /openapi.json names every route"
+    detail = error.detail
+    if error.status_code in (404, 405):
+        detail = f"{request.method} {request.url.path}: {error.detail.lower()}; /openapi.json names every route"
     return problem_response(problem_of(error.status_code, detail), dict(error.headers or {}))
 
 

@@ -73,6 +73,7 @@ def test_profiles_and_a_fleet_are_enough_and_the_rest_has_defaults(tmp_path: Pat
         "port": 8011,
         "max_requests": 20_000,
         "max_body_bytes": 67_108_864,
+        "client_timeout_s": 30.0,
     }
 
 
@@ -151,7 +152,11 @@ def test_live_workers_have_an_address_and_an_engine(tmp_path: Path) -> None:
     [
         ("gpu: g", "gpuu: g", "profiles.p.gpuu: unknown setting. Did you mean 'gpu'?"),
         ("{profile: p}]\n  decode", "{profile: p, chunk_tokns: 5}]\n  decode", "fleet.prefill[0].chunk_tokns: unknown"),
-        ("fleet:", "guads: {}\nfleet:", "guads: unknown setting. Did you mean 'guards'? Known: active, fleet, guards"),
+        (
+            "fleet:",
+            "guads: {}\nfleet:",
+            "guads: unknown setting. Did you mean 'guards'? Known: access, active, fleet",
+        ),
         (
             "a_s: 0.01",
             "a_s: -0.01",

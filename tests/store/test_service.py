@@ -84,7 +84,9 @@ DOCUMENT: dict[str, Any] = call(APP, "GET", "/openapi.json").json()
 def test_the_routes_are_described_with_their_bodies_and_problems(name: str) -> None:
     operation = DOCUMENT["paths"][f"/telemetry/{name}"]["post"]
 
-    assert sorted(operation["responses"]) == ["200", "400", "409", "413", "415", "422", "429", "503"]
+    assert sorted(operation["responses"]) == [
+        *("200", "400", "401", "403", "408", "409", "413", "415", "422", "429", "503")
+    ]
     assert operation["responses"]["200"]["content"]["application/json"]["schema"] == {
         "$ref": "#/components/schemas/TelemetryAnswer"
     }

@@ -15,7 +15,7 @@ from kairos.predictors.checks import check_predictor
 from kairos.scheduler_core.config import Settings
 from kairos.scheduler_core.domain import Profile
 from kairos.scheduler_core.errors import FieldsError, InputError
-from kairos.scheduler_core.service.bodies import read_body, unreadable
+from kairos.scheduler_core.service.bodies import unreadable
 from kairos.scheduler_core.service.models.artifacts import add_challenger, read_model
 from kairos.scheduler_core.service.models.book import Book
 from kairos.scheduler_core.service.models.schemas import (
@@ -61,8 +61,7 @@ def model_routes(book: Book, store: Store, settings: Settings, seen: Callable[[]
         """Keep a model that `kairos train` made; later steps judge it. The body is the model's file."""
         if refusal := unreadable(request.headers, (ARTIFACT_TYPE,), ("identity",)):
             return problem_response(refusal)  # type: ignore[return-value]  # FastAPI passes a response on
-        content = await read_body(request.headers, request.receive, settings.service.max_body_bytes)
-        return await to_thread.run_sync(_keep, store, content or b"")
+        return await to_thread.run_sync(_keep, store, await request.body())
 
     @router.post("/predict")
     def predict(body: PredictBody) -> PredictAnswer:
