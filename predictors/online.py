@@ -142,8 +142,9 @@ class Quantiles(msgspec.Struct):
     lower: Side
     """Of scores with the sign turned."""
     load: tuple[float, float] | None = None
-    """Between the terciles, as the first rows show them; until then there is one quantile for all loads."""
-    first_loads: list[float] = []
+    """Between the terciles, as the first rows show them."""
+    first: list[tuple[float, float]] = []
+    """Load and score of the first ENOUGH_ROWS rows, while the interval of the training holds for all loads."""
     recent: list[float] = []
     """|score| of up to _WINDOW rows."""
     misses: list[tuple[int, int]] = []
@@ -176,19 +177,21 @@ class Quantiles(msgspec.Struct):
         quantiles = np.empty((2, len(scores)))
         scale = 0.0
         for place, (score, at_load) in enumerate(zip(scores.tolist(), load.tolist(), strict=True)):
-            tercile = self._tercile(at_load)
+            tercile = 0 if self.load is None else bisect_right(self.load, at_load)
             if place % _EVERY == 0:
                 scale = _scale(self.recent)
-            for row, (side, signed) in enumerate(((self.lower, -score), (self.upper, score))):
-                quantiles[row, place] = side.in_force(tercile).served(scale)
-                if abs(score) <= _OUTLIER:
+            below, above = self.lower.in_force(tercile).served(scale), self.upper.in_force(tercile).served(scale)
+            quantiles[:, place] = -below, above
+            if abs(score) <= _OUTLIER:
+                for side, signed in ((self.lower, -score), (self.upper, score)):
                     side.whole.observe(signed, scale)
                     if self.load:
                         side.terciles[tercile].observe(signed, scale)
-            self._count(-score > quantiles[0, place], score > quantiles[1, place])
+            self._count(-score > below, score > above)
+            if self.load is None:
+                self._begin(at_load, score)
             self.recent.append(abs(score))
             del self.recent[:-_WINDOW]
-        quantiles[0] *= -1
         return quantiles
 
     def coverage_alarm(self) -> tuple[float, float] | None:
@@ -208,14 +211,15 @@ class Quantiles(msgspec.Struct):
             for tracker in (side.whole, *side.terciles):
                 tracker.reset()
 
-    def _tercile(self, load: float) -> int:
-        if self.load is None:
-            self.first_loads.append(load)
-            if len(self.first_loads) == ENOUGH_ROWS:
-                low, high = np.quantile(self.first_loads, [1 / TERCILES, 2 / TERCILES]).tolist()
-                self.load, self.first_loads = (low, high), []
-            return 0
-        return bisect_right(self.load, load)
+    def _begin(self, load: float, score: float) -> None:
+        """Once the first rows are there, start from what they show: a tracker would be long on its way."""
+        self.first.append((load, score))
+        if len(self.first) < ENOUGH_ROWS:
+            return
+        loads, scores = np.array(self.first).T
+        low, high = np.quantile(loads, [1 / TERCILES, 2 / TERCILES]).tolist()
+        self.load, self.first = (low, high), []
+        self.lower, self.upper = (Side.at(max(float(np.quantile(s, UPPER)), 0.0)) for s in (-scores, scores))
 
     def _count(self, below: bool, above: bool) -> None:
         if self.block_rows in (0, _COVERAGE_BLOCK):

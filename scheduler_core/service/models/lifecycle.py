@@ -73,6 +73,7 @@ class Lifecycle:
         """Do the next piece of work; whether there was any."""
         self._look_up()
         worked = self._watch_page()
+        self._later: dict[int, dict[Key, Steps]] = {}
         worked |= any([self._judge(key, watch) for key, watch in list(self._watches.items())])
         self._ask_trainings()
         return self._train() or worked
@@ -161,7 +162,7 @@ class Lifecycle:
             key = part.profile.profile_id, part.kind
             self._profiles[key[0]] = part.profile
             keys.append(key)
-            told += [(key, happening) for happening in self._observe(key, in_order([part]))]
+            told += [(key, happening) for happening in self._observe(key, in_order(part))]
         with self._write() as connection:
             queries.write_watches(connection, last, {key: self._kept(key) for key in keys})
             for (profile_id, kind), happening in told:
@@ -207,8 +208,10 @@ class Lifecycle:
 
     def _verdict(self, key: Key, after_step: int, champion: StepModel, other: StepModel, *, first: bool) -> Verdict:
         after = max(after_step, self._watched - self._settings.training.window_steps)
-        groups, _ = read_steps(self._store, after, most=self._watched - after)
-        steps = in_order([s for s in groups if (s.profile.profile_id, s.kind) == key])
+        if after not in self._later:  # models of one training are judged together
+            groups, _ = read_steps(self._store, after, most=self._watched - after)
+            self._later[after] = {(s.profile.profile_id, s.kind): in_order(s) for s in groups}
+        steps = self._later[after][key]
         return judge(later_steps(steps), calibrated(champion, steps), calibrated(other, steps), first=first)
 
     def _judge_challenger(self, key: Key, watch: Watch, pending: Pending) -> None:

@@ -95,9 +95,8 @@ class Trainer:
 
     def _started(self) -> "subprocess.Popen[bytes]":
         url = self._store.engine.url.render_as_string(hide_password=False)
-        order = Order(
-            url, self._settings.model_dump(mode="json", exclude={"store", "access"}), self._holder, os.getpid()
-        )
+        settings = self._settings.model_dump(mode="json", exclude={"store", "access"})  # no secret but the address
+        order = Order(url, settings, self._holder, os.getpid())
         process = subprocess.Popen(
             [sys.executable, "-m", "kairos.scheduler_core.service.models.worker"],
             stdin=subprocess.PIPE,

@@ -1,6 +1,5 @@
 """What is kept of each profile and kind while telemetry comes in: its errors, what waits to be judged by them."""
 
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -112,10 +111,9 @@ def observe(watch: Watch, steps: Steps, model: StepModel, former: StepModel | No
     return told
 
 
-def in_order(parts: Sequence[Steps]) -> Steps:
-    """Steps of one profile and kind in order of their end."""
-    joined = Steps.joined(parts)
-    return joined.take(np.argsort(joined.ended_at_s, kind="stable"))
+def in_order(steps: Steps) -> Steps:
+    """The same steps in order of their end."""
+    return steps.take(np.argsort(steps.ended_at_s, kind="stable"))
 
 
 def later_steps(steps: Steps) -> LaterSteps:
