@@ -58,7 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.router.routes.append(schedule_route(scheduler.schedule, settings.service.max_body_bytes))
     database = plane.database
     if database:
-        app.router.routes.extend(telemetry_routes(database.writer, settings.service.max_body_bytes))
+        app.router.routes.extend(telemetry_routes(database.writer, plane.metrics, settings.service.max_body_bytes))
     app.include_router(overview_router(plane), tags=["overview"])
     for part in parts:
         app.router.routes.extend(part.routes())
