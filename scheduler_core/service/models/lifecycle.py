@@ -152,6 +152,8 @@ class Lifecycle:
     def _watch_page(self) -> bool:
         with self._store.read() as connection:
             newest = queries.last_step(connection)
+        if newest < self._watched:  # SQLite numbers from 1 again once all steps were deleted
+            self._watched = 0
         after = max(self._watched, newest - self._settings.training.window_steps)
         groups, last = read_steps(self._store, after, most=PAGE_STEPS)
         if last <= self._watched:

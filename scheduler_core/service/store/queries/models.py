@@ -333,4 +333,4 @@ def last_step(connection: Connection) -> int:
 def work_waits(connection: Connection) -> bool:
     """Whether a training waits or runs, or steps came that no watch has seen."""
     open_training = exists().where(Training.state.in_(("waiting", "running")))
-    return bool(connection.scalar(select(open_training))) or last_step(connection) > watched_step(connection)
+    return bool(connection.scalar(select(open_training))) or last_step(connection) not in (0, watched_step(connection))

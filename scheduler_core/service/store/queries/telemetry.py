@@ -241,8 +241,9 @@ def read_steps(
 ) -> tuple[list[Steps], int]:
     """All steps with an id above `after`, by profile and kind, in the order they came; and the id to go on from.
 
-    With `since`, only those that were received then or later; with `most`, only those of the next so many ids. Read in short transactions, so that writers never wait
-    for a training; steps of a transaction that runs still are left to the next call. `run` is the recording's id.
+    With `since`, only those that were received then or later; with `most`, only those of the next so many ids. Read in
+    short transactions, so that writers never wait for a training; steps of a transaction that runs still are left to
+    the next call. `run` is the recording's id.
     """
     pages: dict[tuple[int, int], list[FloatArray]] = {}
     with store.read() as connection:
