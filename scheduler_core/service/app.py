@@ -12,8 +12,10 @@ from starlette.exceptions import HTTPException
 import kairos
 from kairos.scheduler_core.config import Settings, StoreSettings
 from kairos.scheduler_core.errors import KairosError
+from kairos.scheduler_core.replay import Replay
 from kairos.scheduler_core.service.access import Access, Keys
 from kairos.scheduler_core.service.bodies import Limits
+from kairos.scheduler_core.service.live import Live
 from kairos.scheduler_core.service.models.part import ModelsPart
 from kairos.scheduler_core.service.openapi import openapi_of
 from kairos.scheduler_core.service.plane import Database, Part, Plane
@@ -28,8 +30,11 @@ from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.writer import Writer
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, replay: Replay | None = None) -> FastAPI:
     """The application over one configuration; models and policies are loaded here.
+
+    Args:
+        replay: runs the champion of an experiment on recorded arrivals.
 
     Raises:
         ConfigError, UnknownPolicyError, SchemaError: a strategy or a model of the configuration cannot be loaded.
@@ -37,7 +42,7 @@ def create_app(settings: Settings) -> FastAPI:
     """
     strategies = {name: choice.as_strategy(name).check() for name, choice in settings.strategies.items()}
     scheduler = Scheduler(settings, strategies)
-    plane = Plane(settings, scheduler, _opened(settings.store))
+    plane = Plane(settings, scheduler, _opened(settings.store), replay=replay)
     keys = Keys(settings.access, plane.database.store if plane.database else None)
     if plane.database:
         plane.database.changes.watch("keys", keys.look)
@@ -82,7 +87,10 @@ def create_app(settings: Settings) -> FastAPI:
 
 def _parts(plane: Plane) -> list[Part]:
     """Everything beside `/schedule` and telemetry, in the order in which it starts."""
-    return [ModelsPart(plane, plane.database)] if plane.database else []
+    parts: list[Part] = [Live(plane)]
+    if plane.database:
+        parts.append(ModelsPart(plane, plane.database))
+    return parts
 
 
 def _start(plane: Plane, parts: Sequence[Part]) -> None:

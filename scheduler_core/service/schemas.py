@@ -374,18 +374,3 @@ class Readiness(BaseModel):
     """Away: telemetry is refused, decisions go on."""
     troubles: list[str] = []
     """What an operator should mend: promoted models that cannot be read. The ones before them serve."""
-
-
-class StrategyText(BaseModel):
-    """A strategy by name."""
-
-    name: str
-    text: str
-    """PREFILL+PREFILL_PLACEMENT+DECODE_PLACEMENT+DECODE[+ADMISSION]"""
-
-
-class Strategies(BaseModel):
-    """Which strategies there are."""
-
-    active: str
-    strategies: list[StrategyText]

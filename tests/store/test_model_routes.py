@@ -147,7 +147,7 @@ def test_a_configured_profile_that_nothing_was_learned_of_is_predicted_from_its_
     body = {"steps": [{"profile": "even", "batch_size": 4, "sum_context_tokens": 400}]}
     step = call(APP, "POST", "/predict", json=body).json()["steps"][0]
 
-    assert step["model_version"] == "prior"
+    assert step["model_version"] == "linear"
     assert step["median_s"] == pytest.approx(0.014)
 
 

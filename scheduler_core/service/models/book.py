@@ -37,6 +37,11 @@ class Book:
         self._last_event: int | None = None
         self.serving = Serving(self._configured, {})
 
+    def version_of(self, profile: str) -> str:
+        """Where the step times of a profile come from that no model was promoted for."""
+        profiles = self._scheduler.profiles
+        return profiles.find(profile).version if profiles.knows(profile) else "prior"
+
     def look(self) -> None:
         """Take over what has changed.
 

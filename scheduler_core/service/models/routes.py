@@ -35,7 +35,7 @@ from kairos.scheduler_core.service.models.schemas import (
     TrainingShown,
     Uploaded,
 )
-from kairos.scheduler_core.service.problems import problem_response
+from kairos.scheduler_core.service.problems import problem_response, problem_responses
 from kairos.scheduler_core.service.store.queries import models as queries
 from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.telemetry import StepKind
@@ -56,14 +56,14 @@ def model_routes(book: Book, store: Store, settings: Settings, seen: Callable[[]
     router = APIRouter(tags=["models"])
     lifecycle_routes(router, book, store, seen)
 
-    @router.post("/models", status_code=201, openapi_extra=_ARTIFACT_BODY)
+    @router.post("/models", status_code=201, openapi_extra=_ARTIFACT_BODY, responses=_UPLOAD)
     async def upload(request: Request) -> Uploaded:
         """Keep a model that `kairos train` made; later steps judge it. The body is the model's file."""
         if refusal := unreadable(request.headers, (ARTIFACT_TYPE,), ("identity",)):
             return problem_response(refusal)  # type: ignore[return-value]  # FastAPI passes a response on
         return await to_thread.run_sync(_keep, store, await request.body())
 
-    @router.post("/predict")
+    @router.post("/predict", responses=problem_responses(s404="There is no such profile."))
     def predict(body: PredictBody) -> PredictAnswer:
         """Say how long steps will take, with calibrated quantiles."""
         serving = book.serving
@@ -80,7 +80,7 @@ def model_routes(book: Book, store: Store, settings: Settings, seen: Callable[[]
 def lifecycle_routes(router: APIRouter, book: Book, store: Store, seen: Callable[[], None]) -> None:
     """Add what lists, trains, promotes and rolls back."""
 
-    @router.get("/models")
+    @router.get("/models", responses=_AWAY)
     def models() -> Models:
         """List the models, what the gate said of them, and the latest trainings."""
         with store.read() as connection:
@@ -114,26 +114,28 @@ def lifecycle_routes(router: APIRouter, book: Book, store: Store, seen: Callable
             troubles=list(now.troubles),
         )
 
-    @router.get("/models/{profile_id}/{version}/artifact", response_class=Response, responses=_ARTIFACT_ANSWER)
+    @router.get(
+        "/models/{profile_id}/{version}/artifact", response_class=Response, responses=_ARTIFACT_ANSWER | _NO_MODEL
+    )
     def artifact(profile_id: str, version: Version) -> Response:
         """Give the bytes of a model, as `kairos train --out` writes them."""
         with store.read() as connection:
             content = queries.model_artifact(connection, profile_id, version)
         return Response(content, media_type=ARTIFACT_TYPE)
 
-    @router.post("/models/train", status_code=202)
+    @router.post("/models/train", status_code=202, responses=_AWAY)
     def train(body: TrainBody = TrainBody()) -> TrainingShown:
         """Ask for a training; one replica does it, in a process of its own."""
         with store.write() as connection:
             return TrainingShown.of(queries.ask_training(connection, "request", body.profiles))
 
-    @router.get("/models/trainings/{number}")
+    @router.get("/models/trainings/{number}", responses=_AWAY | problem_responses(s404="There is no such training."))
     def training(number: Number) -> TrainingShown:
         """Say what became of a training."""
         with store.read() as connection:
             return TrainingShown.of(queries.training(connection, number))
 
-    @router.post("/models/{model_id}/promote")
+    @router.post("/models/{model_id}/promote", responses=_PROMOTE)
     def promote(model_id: ModelId, body: PromoteBody = PromoteBody()) -> Promoted:
         """Let a model serve its profile, whatever the gate says of it. One that cannot be read is refused."""
         profile_id, version = model_id.rsplit("@", 1)
@@ -145,7 +147,7 @@ def lifecycle_routes(router: APIRouter, book: Book, store: Store, seen: Callable
         seen()
         return Promoted(profile_id=profile_id, serving=model_id)
 
-    @router.post("/models/rollback")
+    @router.post("/models/rollback", responses=_ROLL_BACK)
     def rollback(body: RollbackBody) -> Promoted:
         """Let the model serve again that served before; before the first one, the configuration's step times."""
         with store.write() as connection:
@@ -186,7 +188,7 @@ def _predicted(book: Book, place: int, step: StepQuery, profile: Profile) -> Ste
         lower_s=lower_s,
         median_s=median_s,
         upper_s=upper_s,
-        model_version=served.model_id if served else "prior",
+        model_version=served.model_id if served else book.version_of(step.profile),
         source=predictor.models[kind].source,
     )
 
@@ -204,6 +206,12 @@ def _age_s(trained_at: datetime) -> float:
     return time.time() - trained_at.timestamp()
 
 
+_AWAY = problem_responses(s503="The database cannot be used now; nothing was changed.")
+_NO_MODEL = _AWAY | problem_responses(s404="There is no such model.")
+_OTHER_SCHEMA = problem_responses(s409="It was trained on other features than this Kairos makes.")
+_UPLOAD = _AWAY | _OTHER_SCHEMA | problem_responses(s422="It is no model, or none to predict with.")
+_PROMOTE = _NO_MODEL | _OTHER_SCHEMA
+_ROLL_BACK = _AWAY | problem_responses(s409="Nothing is promoted for this profile that could be taken back.")
 _ARTIFACT_BODY = {
     "requestBody": {
         "required": True,
