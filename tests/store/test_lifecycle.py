@@ -19,7 +19,7 @@ from kairos.scheduler_core.service.models.artifacts import add_challenger
 from kairos.scheduler_core.service.models.book import Book
 from kairos.scheduler_core.service.models.lifecycle import LEASE, LEASE_S, LostLeaseError
 from kairos.scheduler_core.service.store.queries import models as queries
-from kairos.scheduler_core.service.store.queries.events import latest_events
+from kairos.scheduler_core.service.store.queries.events import add_event, latest_events
 from kairos.scheduler_core.service.store.queries.leases import take_lease
 from kairos.scheduler_core.service.store.revisions import upgrade
 from kairos.scheduler_core.service.store.session import Store
@@ -345,9 +345,9 @@ def test_with_the_database_away_what_served_goes_on_serving(tmp_path: Path) -> N
 def test_metrics_count_trainings_and_alarms_and_tell_the_age(store: Store) -> None:
     book = book_of(store)
     book.look()
-    life = started(store)
-    life.steps(20_500)
-    life.steps(3_000, factor=1.1)
+    started(store).train()
+    with store.write() as connection:
+        add_event(connection, "drift", f"{ID} decode", {"series": "slower"})
     book.look()
     told = book._metrics.exposition().decode()
 

@@ -43,7 +43,7 @@ from kairos.scheduler_core.telemetry import StepKind, Steps
 
 _log = logging.getLogger(__name__)
 
-LEASE, LEASE_S = "trainer", 15.0
+LEASE, LEASE_S = "trainer", 10.0
 PAGE_STEPS = 20_000
 """Steps that are watched in one go."""
 Key = tuple[str, StepKind]

@@ -47,6 +47,7 @@ _LATEST = 20
 ModelId = Annotated[
     str, Path(max_length=1700, pattern=r"^[a-z0-9_.-]+@[1-9][0-9]{0,8}$", description="profile_id@version")
 ]
+ProfilePath = Annotated[str, Path(max_length=1600, pattern=r"^[a-z0-9_.-]+$")]
 Version = Annotated[int, Path(ge=1, le=10**9)]
 Number = Annotated[int, Path(ge=1, le=2**31 - 1)]
 
@@ -117,7 +118,7 @@ def lifecycle_routes(router: APIRouter, book: Book, store: Store, seen: Callable
     @router.get(
         "/models/{profile_id}/{version}/artifact", response_class=Response, responses=_ARTIFACT_ANSWER | _NO_MODEL
     )
-    def artifact(profile_id: str, version: Version) -> Response:
+    def artifact(profile_id: ProfilePath, version: Version) -> Response:
         """Give the bytes of a model, as `kairos train --out` writes them."""
         with store.read() as connection:
             content = queries.model_artifact(connection, profile_id, version)
@@ -209,7 +210,11 @@ def _age_s(trained_at: datetime) -> float:
 _AWAY = problem_responses(s503="The database cannot be used now; nothing was changed.")
 _NO_MODEL = _AWAY | problem_responses(s404="There is no such model.")
 _OTHER_SCHEMA = problem_responses(s409="It was trained on other features than this Kairos makes.")
-_UPLOAD = _AWAY | _OTHER_SCHEMA | problem_responses(s422="It is no model, or none to predict with.")
+_UPLOAD = (
+    _AWAY
+    | _OTHER_SCHEMA
+    | problem_responses(s415="The body is of another type.", s422="It is no model, or none to predict with.")
+)
 _PROMOTE = _NO_MODEL | _OTHER_SCHEMA
 _ROLL_BACK = _AWAY | problem_responses(s409="Nothing is promoted for this profile that could be taken back.")
 _ARTIFACT_BODY = {
