@@ -39,8 +39,6 @@ class Profiles:
         self._settings = settings
         self._configured = self.by_name
         self._promoted: dict[str, KnownProfile] = {}
-        self.troubles: tuple[str, ...] = ()
-        """Models of the store that cannot be read, in sentences."""
 
     def with_serving(self, serving: Serving) -> "Profiles":
         """The same profiles, answered by the models that serve now."""
@@ -55,7 +53,6 @@ class Profiles:
             for profile_id, entry in serving.served.items()
             if profile_id not in self._by_id
         }
-        newer.troubles = serving.troubles
         return newer
 
     def knows(self, name: str) -> bool:

@@ -8,6 +8,7 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
 from made_telemetry import PROFILE, decode_s, decode_steps, prefill_steps
+from schemathesis.specs.openapi.checks import positive_data_acceptance
 from service.models.made_life import ID
 from service.snapshots import call, settings_of
 
@@ -171,4 +172,5 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", APP).include(path_regex
     suppress_health_check=list(HealthCheck),
 )
 def test_whatever_the_schema_allows_or_forbids_is_answered_as_it_says(case: schemathesis.Case[Any]) -> None:
-    case.call_and_validate()
+    # no schema can say which bytes are a model, or which steps have tokens
+    case.call_and_validate(excluded_checks=[positive_data_acceptance])

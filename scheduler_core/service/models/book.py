@@ -37,6 +37,10 @@ class Book:
         self._last_event: int | None = None
         self.serving = Serving(self._configured, {})
 
+    def lost(self) -> str | None:
+        """Which promoted models cannot be read, for /readyz."""
+        return "; ".join(self.serving.troubles) or None
+
     def version_of(self, profile: str) -> str:
         """Where the step times of a profile come from that no model was promoted for."""
         profiles = self._scheduler.profiles

@@ -18,6 +18,7 @@ class ModelsPart:
         self._book = Book(database.store, plane.settings, plane.scheduler, plane.metrics)
         self._trainer = Trainer(database.store, plane.settings)
         database.changes.watch("models", self._book.look)
+        plane.state.lost.append(self._book.lost)
 
     def routes(self) -> Sequence[BaseRoute]:
         """Lifecycle and predictions."""
