@@ -97,7 +97,7 @@ class Metrics:
             registry=registry,
         )
         self.models_unreadable = Gauge(
-            "kairos_models_unreadable",
+            "kairos_unreadable_models",
             "Promoted models that cannot be read; the ones before them serve.",
             registry=registry,
         )

@@ -20,7 +20,7 @@ FAMILIES: list[Metric] = list(Metrics().registry.collect())
 OURS = [family for family in FAMILIES if family.name.startswith("kairos_")]
 SUFFIXES = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "info": ["_info"], "gauge": [""]}
 SERIES = {family.name + suffix for family in FAMILIES for suffix in SUFFIXES[family.type]}
-UNITS = ("_seconds", "_bytes", "_ratio", "_rows", "_requests", "_reservations", "_log_e", "_up")
+UNITS = ("_seconds", "_bytes", "_ratio", "_rows", "_requests", "_reservations", "_models", "_log_e", "_up")
 RULES: dict[str, Any] = yaml.safe_load((ROOT / "deploy" / "prometheus-rules.yaml").read_text())
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "deploy" / "grafana.json").read_text())
 
