@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 def eventually(look: Callable[[], T | None]) -> T:
     """What a look finds, as soon as it finds something."""
-    until_s = time.monotonic() + 120
+    until_s = time.monotonic() + 240
     while (found := look()) is None:
         assert time.monotonic() < until_s, "it never came"
         time.sleep(0.02)
