@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_telemetry import PROFILE, decode_s, decode_steps
+from made_telemetry import PROFILE, decode_s, decode_steps, prefill_steps
 from service.models.made_life import ID, Life
 from service.snapshots import scheduler_of, settings_of
 from sqlalchemy import delete, update
@@ -122,6 +122,32 @@ def test_what_was_rolled_back_to_is_not_judged_again(store: Store) -> None:
     life.steps(8_500)
 
     assert life.serving == 1
+
+
+def test_kinds_that_pass_one_after_the_other_serve_together(store: Store) -> None:
+    life = Life(store)
+    life.steps(500)
+    (both,) = train([prefill_steps(), decode_steps()])
+    with store.write() as connection:
+        add_challenger(connection, both, queries.last_step(connection))
+    life.steps(2_500)
+    decode_alone = life.serving
+    life.prefill_steps(2_500)
+    book = book_of(store)
+    book.look()
+
+    assert (decode_alone, life.serving) == (2, 1)
+    assert dict(book.serving.served[ID].origins) == {"prefill": 1, "decode": 1}
+
+
+def test_a_challenger_that_cannot_be_read_is_refused(store: Store) -> None:
+    life = started(store)
+    upload(store, 1.1)
+    with store.write() as connection:
+        connection.execute(update(Model).where(Model.version == 2).values(artifact=b"damaged"))
+    life.steps(8_500)
+
+    assert (life.serving, life.gate(2)) == (1, "keep")
 
 
 def test_only_the_newest_challenger_waits(store: Store) -> None:

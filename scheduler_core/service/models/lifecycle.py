@@ -61,9 +61,13 @@ class Lifecycle:
         self._watches: dict[Key, Watch] = {}
         self._profiles: dict[str, Profile] = {}
         self._models: dict[tuple[str, int], ProfileModels] = {}
+        """Versions that wait or served before, as they were read."""
+        self._later: dict[int, dict[Key, Steps]] = {}
+        """Steps after an id, up to those that are watched."""
         self._configured = configured_models(settings)
         self._serving = Serving(self._configured, {})
         self._generation = -1
+        self._waiting: dict[str, queries.ModelRow] = {}
         with store.read() as connection:
             for row in queries.watches(connection):
                 self._watches[row.profile_id, row.kind] = msgspec.msgpack.decode(row.state, type=Watch)  # type: ignore[index]  # kinds are STEP_KINDS
@@ -73,8 +77,8 @@ class Lifecycle:
         """Do the next piece of work; whether there was any."""
         self._look_up()
         worked = self._watch_page()
-        self._later: dict[int, dict[Key, Steps]] = {}
-        worked |= any([self._judge(key, watch) for key, watch in list(self._watches.items())])
+        if any(self._judge(key, watch) for key, watch in list(self._watches.items())):
+            return True  # one at a time: it may have changed what serves
         self._ask_trainings()
         return self._train() or worked
 
@@ -92,19 +96,24 @@ class Lifecycle:
         """Follow promotions, and challengers that somebody uploaded."""
         with self._store.read() as connection:
             generation = queries.generation(connection)
-            waiting = {row.profile_id: row for row in queries.models(connection, state="challenger")}
+            self._waiting = {row.profile_id: row for row in queries.models(connection, state="challenger")}
             if generation != self._generation:
                 self._serving = self._read_serving(connection)
         if generation != self._generation:
             self._generation = generation
+            self._models.clear()
             for key in list(self._watches):
                 self._follow_promotion(key)
-        for (profile_id, kind), watch in self._watches.items():
-            row = waiting.get(profile_id)
-            if row is None or kind not in (row.report or {}).get("waiting", []):
-                watch.challenger = None
-            elif watch.challenger is None or watch.challenger.version != row.version:
-                watch.challenger = Pending(row.version, row.last_step)
+        for key, watch in self._watches.items():
+            self._await_challenger(key, watch)
+
+    def _await_challenger(self, key: Key, watch: Watch) -> None:
+        """Count later steps for the model of this kind that waits to be judged."""
+        row = self._waiting.get(key[0])
+        if row is None or key[1] not in (row.report or {}).get("waiting", []):
+            watch.challenger = None
+        elif watch.challenger is None or watch.challenger.version != row.version:
+            watch.challenger = Pending(row.version, row.last_step)
 
     def _read_serving(self, connection: Connection) -> Serving:
         served = {}
@@ -170,6 +179,7 @@ class Lifecycle:
             for (profile_id, kind), happening in told:
                 self._tell(connection, profile_id, kind, happening)
         self._watched = last
+        self._later.clear()
         return True
 
     def _observe(self, key: Key, steps: Steps) -> list[Happening]:
@@ -177,8 +187,19 @@ class Lifecycle:
         watch = self._watches.get(key)
         if watch is None:
             watch = self._watches[key] = new_watch(self._serving.origin(*key), model)
-        former = None if watch.former is None else self._model(key[0], watch.former.pending.version, key[1])
-        return observe(watch, steps, model, former, len(self._watches))
+            self._await_challenger(key, watch)
+        return observe(watch, steps, model, self._former(key, watch), len(self._watches))
+
+    def _former(self, key: Key, watch: Watch) -> StepModel | None:
+        """The model before this one; one that cannot be read is scored no longer."""
+        if watch.former is None:
+            return None
+        try:
+            return self._model(key[0], watch.former.pending.version, key[1])
+        except InputError as error:
+            _log.warning("%s", error)
+            watch.former = None
+            return None
 
     def _kept(self, key: Key) -> tuple[dict[str, Any], bytes]:
         watch = self._watches[key]
@@ -190,11 +211,15 @@ class Lifecycle:
             add_event(connection, "coverage", f"{profile_id} {kind}", happening.detail)
             return
         add_event(connection, "drift", f"{profile_id} {kind}", happening.detail)
-        if happening.kind == "alone":
+        if happening.kind == "alone" and self._is_current(connection):
             reason = f"{kind} steps drift from the new model, and not from the one before it"
             queries.roll_back(connection, profile_id, reason)
         else:
             queries.ask_training(connection, "drift", [profile_id])
+
+    def _is_current(self, connection: Connection) -> bool:
+        """Whether nobody promoted anything since this process looked: what it concluded was about what serves."""
+        return queries.generation(connection) == self._generation
 
     # -- judging
 
@@ -203,7 +228,7 @@ class Lifecycle:
         if watch.challenger and watch.challenger.due(first=first):
             self._judge_challenger(key, watch, watch.challenger)
         elif watch.former and not watch.former.looked and watch.former.pending.due(first=False):
-            self._judge_former(key, watch, watch.former)
+            self._judge_former(key, watch.former, self._former(key, watch))
         else:
             return False
         return True
@@ -219,13 +244,19 @@ class Lifecycle:
     def _judge_challenger(self, key: Key, watch: Watch, pending: Pending) -> None:
         profile_id, kind = key
         champion = self._serving.models(self._profile(profile_id))[kind]
-        challenger = self._model(profile_id, pending.version, kind)
-        verdict = self._verdict(key, pending.after_step, champion, challenger, first=watch.origin == 0)
+        try:
+            challenger = self._model(profile_id, pending.version, kind)
+        except InputError as error:
+            verdict = Verdict("keep", f"champion kept: {error}", 0)
+        else:
+            verdict = self._verdict(key, pending.after_step, champion, challenger, first=watch.origin == 0)
         if verdict.word == "wait":
             pending.wait_rows = pending.rows + pending.rows // 2
             return
-        watch.challenger = None
         with self._write() as connection:
+            if not self._is_current(connection):
+                return
+            watch.challenger = None
             row = queries.model(connection, profile_id, pending.version)
             report = dict(row.report or {})
             report["waiting"] = [other for other in report.get("waiting", []) if other != kind]
@@ -257,11 +288,12 @@ class Lifecycle:
             promoted = queries.add_model(connection, profile_id, SCHEMA_HASH, row.last_step, content, report)
         queries.promote_model(connection, profile_id, promoted, f"gate, {kind}: {verdict.sentence}")
 
-    def _judge_former(self, key: Key, watch: Watch, former: Former) -> None:
+    def _judge_former(self, key: Key, former: Former, before: StepModel | None) -> None:
         """The same test the other way round."""
+        if before is None:
+            return
         profile_id, kind = key
         serving = self._serving.models(self._profile(profile_id))[kind]
-        before = self._model(profile_id, former.pending.version, kind)
         verdict = self._verdict(key, former.pending.after_step, serving, before, first=False)
         if verdict.word == "wait":
             former.pending.wait_rows = former.pending.rows + former.pending.rows // 2
@@ -269,7 +301,8 @@ class Lifecycle:
         former.looked = True
         if verdict.word == "promote":
             with self._write() as connection:
-                queries.roll_back(connection, profile_id, f"{kind}: the model before is {verdict.sentence}")
+                if self._is_current(connection):
+                    queries.roll_back(connection, profile_id, f"{kind}: the model before is {verdict.sentence}")
 
     # -- training
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from made_telemetry import PROFILE, decode_s
+from made_telemetry import PROFILE, decode_s, prefill_s
 from service.snapshots import settings_of
 
 from kairos.scheduler_core.config import Settings
@@ -40,6 +40,23 @@ def step_rows(
     ]
 
 
+def prefill_rows(n: int, start_s: float) -> list[StepRow]:
+    """Prefill steps of the profile over three hours."""
+    rng = np.random.default_rng(0)
+    new = rng.integers(100, 8_000, n)
+    noise = np.exp(0.02 * rng.normal(size=n))
+    return [
+        StepRow(
+            **msgspec.structs.asdict(PROFILE),
+            latency_ms=1e3 * prefill_s(tokens, 0) * e,
+            n_requests=1,
+            new_tokens=tokens,
+            ended_at_s=start_s + 3 * HOUR_S * k / n,
+        )
+        for k, (tokens, e) in enumerate(zip(new.tolist(), noise.tolist(), strict=True))
+    ]
+
+
 class Life:
     """What a training process would do, one piece after the other."""
 
@@ -52,7 +69,13 @@ class Life:
 
     def steps(self, n: int, factor: float = 1.0) -> None:
         """Steps come in, over three more hours, and are watched and judged."""
-        rows = step_rows(n, factor, START_S + self.hours * HOUR_S, seed=self.batches)
+        self._come(step_rows(n, factor, START_S + self.hours * HOUR_S, seed=self.batches))
+
+    def prefill_steps(self, n: int) -> None:
+        """The same of prefill steps."""
+        self._come(prefill_rows(n, START_S + self.hours * HOUR_S))
+
+    def _come(self, rows: list[StepRow]) -> None:
         self.hours += 3.0
         self.batches += 1
         with self.store.write() as connection:
