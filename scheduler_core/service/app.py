@@ -16,6 +16,7 @@ from kairos.scheduler_core.replay import Replay
 from kairos.scheduler_core.service.access import Access, Keys
 from kairos.scheduler_core.service.attainment import Outcomes
 from kairos.scheduler_core.service.bodies import Limits
+from kairos.scheduler_core.service.expiry import Expiry
 from kairos.scheduler_core.service.lifecycle import Lifecycle
 from kairos.scheduler_core.service.live import Live
 from kairos.scheduler_core.service.models.part import ModelsPart
@@ -99,6 +100,8 @@ def _parts(plane: Plane) -> list[Part]:
     parts: list[Part] = [Live(plane)]
     if plane.database:
         parts.append(ModelsPart(plane, plane.database))
+    if plane.database and plane.settings.store:
+        parts.append(Expiry(plane.database.store, plane.settings.store.retention, plane.metrics))
     return parts
 
 
