@@ -12,12 +12,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future
 from datetime import UTC, datetime
 from hashlib import blake2b
-from threading import Event, Lock, Thread
+from threading import Lock
 
 from kairos.scheduler_core.config import DecisionSettings
 from kairos.scheduler_core.decision import Reason
 from kairos.scheduler_core.domain import RequestId
 from kairos.scheduler_core.errors import BusyError, StoreError
+from kairos.scheduler_core.service.background import Background
 from kairos.scheduler_core.service.decisions.scene import Scene
 from kairos.scheduler_core.service.metrics import Metrics
 from kairos.scheduler_core.service.plane import Database
@@ -89,8 +90,7 @@ class Recorder:
         """Ids of which nothing new is to be told while they are predicted late, and while on time."""
         self._started: set[RequestId] = set()
         self._long_waits: list[tuple[float, str, RequestId]] = []
-        self._stopped = Event()
-        self._thread = Thread(target=self._run, name="kairos-decisions", daemon=True)
+        self._background = Background("kairos-decisions", self._run)
 
     # -- in
 
@@ -133,13 +133,11 @@ class Recorder:
 
     def start(self) -> None:
         """Begin to look."""
-        self._thread.start()
+        self._background.start()
 
     def stop(self) -> None:
         """Look at what is left, and store it if the database answers."""
-        self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._background.stop()
         self._turn()
         self._database.writer.drain()
         self._settled()
@@ -148,7 +146,7 @@ class Recorder:
     # -- the thread
 
     def _run(self) -> None:
-        while not self._stopped.wait(LOOK_EVERY_S):
+        while not self._background.stopped.wait(LOOK_EVERY_S):
             self._turn()
 
     def _turn(self) -> None:

@@ -4,13 +4,13 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from threading import Event, Thread
 from typing import Literal
 
 import httpx
 
 from kairos.scheduler_core.config import DecodeGroup, PrefillGroup, Settings
 from kairos.scheduler_core.errors import NotFoundError
+from kairos.scheduler_core.service.background import Background
 from kairos.scheduler_core.service.managed.schemas import InstanceBody
 from kairos.scheduler_core.service.plane import Database
 from kairos.scheduler_core.service.store.changes import announce
@@ -51,8 +51,7 @@ class LiveFleet:
         """By id, in index order; replaced whole."""
         self._good: dict[str, bool] = {}
         """Whether the last check was good, of those that were good once."""
-        self._stopped = Event()
-        self._thread = Thread(target=self._check_again_and_again, name="kairos-health", daemon=True)
+        self._background = Background("kairos-health", self._check_again_and_again)
 
     def get(self, instance_id: str) -> Member:
         """The instance of that id.
@@ -75,13 +74,11 @@ class LiveFleet:
 
     def start(self) -> None:
         """Check health from now on."""
-        self._thread.start()
+        self._background.start()
 
     def stop(self) -> None:
         """End the checks."""
-        self._stopped.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._background.stop()
 
     # -- changes; each is committed when this returns
 
@@ -150,12 +147,12 @@ class LiveFleet:
     # -- health
 
     def _check_again_and_again(self) -> None:
-        while not self._stopped.is_set():
+        while not self._background.stopped.is_set():
             try:
                 asyncio.run(self.check_health())
             except Exception:  # the thread's top
                 _log.exception("the health of the fleet was not checked")
-            self._stopped.wait(self._every_s)
+            self._background.stopped.wait(self._every_s)
 
     async def check_health(self) -> None:
         """Ask every instance that has an address how it is."""

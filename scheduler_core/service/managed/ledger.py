@@ -8,12 +8,13 @@ import logging
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from threading import Condition, Thread
+from threading import Condition
 
 import msgspec
 from sqlalchemy import Connection
 
 from kairos.scheduler_core.errors import StoreError
+from kairos.scheduler_core.service.background import Background
 from kairos.scheduler_core.service.managed.book import REMEMBER_S
 from kairos.scheduler_core.service.managed.reservation import Reservation, telemetry_of
 from kairos.scheduler_core.service.store.changes import announce
@@ -59,7 +60,7 @@ class Ledger:
         self._changed = Condition()
         self._stopped = False
         self._away = False
-        self._thread = Thread(target=self._run, name="kairos-reservations", daemon=True)
+        self._background = Background("kairos-reservations", self._run)
 
     def put(self, reservation: Reservation) -> "Future[Reservation | None]":
         """Have a state stored; what is stored then, or None: not yet, the database is away."""
@@ -78,15 +79,15 @@ class Ledger:
 
     def start(self) -> None:
         """Begin to write."""
-        self._thread.start()
+        self._stopped = False
+        self._background.start()
 
     def stop(self) -> None:
         """Return once everything was tried."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._background.stop()
 
     def _run(self) -> None:
         while True:

@@ -4,11 +4,11 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from threading import Event, Thread
 
 from starlette.routing import BaseRoute
 
 from kairos.scheduler_core.errors import BusyError, ConflictError, FieldsError, NotFoundError, StoreError
+from kairos.scheduler_core.service.background import Background
 from kairos.scheduler_core.service.decisions.record import pack
 from kairos.scheduler_core.service.decisions.recorder import Recorder
 from kairos.scheduler_core.service.managed.book import Book
@@ -60,8 +60,9 @@ class Managed:
         self._ledger = Ledger(database.store, self._on_committed)
         self._seen_change = 0
         self._clean_at_s = 0.0
-        self._stopped = Event()
-        self._sweeper = Thread(target=self._sweep_again_and_again, name="kairos-sweeper", daemon=True)
+        self._sweeper = Background("kairos-sweeper", self._sweep_again_and_again)
+        database.changes.watch("instances", self.fleet.look)
+        database.changes.watch("reservations", self.look)
 
     @property
     def drain_s(self) -> float:
@@ -74,17 +75,13 @@ class Managed:
 
     def start(self) -> None:
         """Take over what is stored, write what comes, watch over both."""
-        self._database.changes.watch("instances", self.fleet.look)
-        self._database.changes.watch("reservations", self.look)
         self._ledger.start()
         self.fleet.start()
         self._sweeper.start()
 
     def stop(self) -> None:
         """Store what is left."""
-        self._stopped.set()
-        if self._sweeper.is_alive():
-            self._sweeper.join()
+        self._sweeper.stop()
         self.fleet.stop()
         self._ledger.stop()
 
@@ -241,7 +238,7 @@ class Managed:
 
     def _sweep_again_and_again(self) -> None:
         away = False
-        while not self._stopped.wait(SWEEP_EVERY_S):
+        while not self._sweeper.stopped.wait(SWEEP_EVERY_S):
             try:
                 self.sweep()
                 away = False
