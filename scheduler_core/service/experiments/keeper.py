@@ -26,7 +26,7 @@ from kairos.scheduler_core.service.strategies import Strategies
 LEAD_S = 5.0
 """Real seconds from the start to the first slot: every data plane has pulled the schedule by then."""
 REDRAWN_S = 3600.0
-"""A schedule is drawn anew so often, each time for 24 h."""
+"""A schedule is drawn anew so often, each time for 24 h, the last hour included: clocks and pulls may lag."""
 
 
 class Running:
@@ -38,9 +38,9 @@ class Running:
         self._signed: tuple[float, str] | None = None
 
     def schedule(self, now_s: float, key: bytes) -> str:
-        """What runs in the next 24 h at least, signed."""
+        """What runs from an hour ago to at least 22 h from now, signed."""
         start_s = self.stored.started_at_s
-        from_s = max(start_s, start_s + (now_s - start_s) // REDRAWN_S * REDRAWN_S)
+        from_s = start_s + max(0.0, (now_s - start_s) // REDRAWN_S - 1) * REDRAWN_S
         if self._signed is None or self._signed[0] != from_s:
             drawn = draw_schedule(self.plan, self.stored.generation, start_s, from_s)
             self._signed = from_s, sign(drawn, key).decode()
