@@ -10,6 +10,7 @@ from fastapi.openapi.utils import get_openapi
 
 from kairos.scheduler_core.service.access import rule_for
 from kairos.scheduler_core.service.experiments.record import Record
+from kairos.scheduler_core.service.experiments.shadow import ShadowRecord
 from kairos.scheduler_core.service.problems import PROBLEM_TYPE, problem_of
 from kairos.scheduler_core.service.schemas import (
     Answer,
@@ -28,7 +29,7 @@ def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
     document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
     example = json.loads(files("kairos.scheduler_core.service").joinpath("example.json").read_text("utf-8"))
     types = [Snapshot, Answer, Problem]
-    types += [StepsBody, StepRow, RequestsBody, RequestRow, TelemetryAnswer, Record] if telemetry else []
+    types += [StepsBody, StepRow, RequestsBody, RequestRow, TelemetryAnswer, Record, ShadowRecord] if telemetry else []
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     snapshot, answer, problem, *of_telemetry = schemas
     document["paths"]["/schedule"] = {
@@ -52,7 +53,7 @@ def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
         }
     }
     if telemetry:
-        steps_body, step, requests_body, request, stored, _ = of_telemetry
+        steps_body, step, requests_body, request, stored, *_ = of_telemetry
         for name, body, row in (("steps", steps_body, step), ("requests", requests_body, request)):
             document["paths"][f"/telemetry/{name}"] = {"post": _telemetry(name, body, row, stored, problem)}
     document["components"]["schemas"].update(components)

@@ -343,7 +343,7 @@ class ExperimentPair(Table):
 
     experiment: Mapped[str] = mapped_column(ForeignKey("experiments.id"), primary_key=True)
     kind: Mapped[str] = mapped_column(String(16), primary_key=True)
-    """live; or champion: against itself, where it runs alone."""
+    """live; champion: against itself, where it runs alone; sample and block: of a shadow."""
     i: Mapped[int] = mapped_column(Integer, primary_key=True)
     observed: Mapped[dict[str, Any]] = mapped_column(JSON)
 
