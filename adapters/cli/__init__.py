@@ -52,6 +52,7 @@ def commands() -> "typer.Typer":
         configuration,
         db,
         demo,
+        experiments,
         explain,
         keys,
         models,
@@ -59,6 +60,7 @@ def commands() -> "typer.Typer":
         report,
         serve,
         simulate,
+        strategies,
         telemetry,
         traces,
     )
@@ -70,7 +72,8 @@ def commands() -> "typer.Typer":
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for group in (demo, simulate, models, telemetry, traces, policies, report, serve, explain, db, keys, configuration):
+    offline = (demo, simulate, models, telemetry, traces, policies, report)
+    for group in (*offline, serve, explain, db, keys, strategies, experiments, configuration):
         group.register(app)
     return app
 

@@ -11,6 +11,8 @@ from fastapi.openapi.utils import get_openapi
 
 from kairos.scheduler_core.service.access import rule_for
 from kairos.scheduler_core.service.decisions.explanation import Explanation
+from kairos.scheduler_core.service.experiments.record import Record
+from kairos.scheduler_core.service.experiments.shadow import ShadowRecord
 from kairos.scheduler_core.service.problems import PROBLEM_TYPE, problem_of
 from kairos.scheduler_core.service.schemas import (
     Answer,
@@ -32,7 +34,6 @@ def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
     of_telemetry = {"steps": (StepsBody, StepRow), "requests": (RequestsBody, RequestRow)}
     of_telemetry |= {"samples": (SamplesBody, SampleRow)}
     types: list[type] = [Snapshot, Answer, Problem, TelemetryAnswer, *chain.from_iterable(of_telemetry.values())]
-    types += [Explanation] if telemetry else []
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     snapshot, answer, problem, stored, *bodies = schemas
     document["paths"]["/schedule"] = {
@@ -56,7 +57,10 @@ def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
         }
     }
     if telemetry:
-        for name, body, row in zip(of_telemetry, bodies[::2], bodies[1::2], strict=False):  # and what follows them
+        components |= msgspec.json.schema_components(
+            [Record, ShadowRecord, Explanation], ref_template="#/components/schemas/{name}"
+        )[1]
+        for name, body, row in zip(of_telemetry, bodies[::2], bodies[1::2], strict=True):
             document["paths"][f"/telemetry/{name}"] = {"post": _telemetry(name, body, row, stored, problem)}
     else:
         for told in (TelemetryAnswer, *chain.from_iterable(of_telemetry.values())):
