@@ -26,7 +26,7 @@ import httpx
 CONFIG = Path(__file__).parent / "kairos.yaml"
 KAIROS = [sys.executable, "-c", "from kairos.adapters.cli import main; main()"]
 BATCH_ROWS = 10_000
-PATIENCE_S = 500.0
+PATIENCE_S = 240.0
 HOUR_S = 3600.0
 FOR_A_FIRST_MODEL, FOR_A_LOOK, FOR_A_REFERENCE = 2_000, 8_000, 20_000
 """Steps that the gate and the drift test want (docs/lifecycle.md)."""
