@@ -52,6 +52,7 @@ def commands() -> "typer.Typer":
         configuration,
         db,
         demo,
+        doctor,
         keys,
         models,
         policies,
@@ -69,7 +70,10 @@ def commands() -> "typer.Typer":
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for group in (demo, simulate, models, telemetry, traces, policies, report, serve, db, keys, configuration):
+    for group in (
+        *(demo, simulate, models, telemetry, traces, policies, report),
+        *(serve, db, keys, configuration, doctor),
+    ):
         group.register(app)
     return app
 
