@@ -53,12 +53,14 @@ def commands() -> "typer.Typer":
         db,
         demo,
         doctor,
+        experiments,
         keys,
         models,
         policies,
         report,
         serve,
         simulate,
+        strategies,
         telemetry,
         traces,
     )
@@ -70,10 +72,8 @@ def commands() -> "typer.Typer":
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for group in (
-        *(demo, simulate, models, telemetry, traces, policies, report),
-        *(serve, db, keys, configuration, doctor),
-    ):
+    offline = (demo, simulate, models, telemetry, traces, policies, report)
+    for group in (*offline, serve, db, keys, strategies, experiments, configuration, doctor):
         group.register(app)
     return app
 

@@ -10,6 +10,8 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from kairos.scheduler_core.service.access import rule_for
+from kairos.scheduler_core.service.experiments.record import Record
+from kairos.scheduler_core.service.experiments.shadow import ShadowRecord
 from kairos.scheduler_core.service.problems import PROBLEM_TYPE, problem_of
 from kairos.scheduler_core.service.schemas import (
     Answer,
@@ -54,6 +56,9 @@ def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
         }
     }
     if telemetry:
+        components |= msgspec.json.schema_components(
+            [Record, ShadowRecord], ref_template="#/components/schemas/{name}"
+        )[1]
         for name, body, row in zip(of_telemetry, bodies[::2], bodies[1::2], strict=True):
             document["paths"][f"/telemetry/{name}"] = {"post": _telemetry(name, body, row, stored, problem)}
     else:
