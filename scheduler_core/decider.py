@@ -112,13 +112,25 @@ class Decider:
         """A lane for an instance; lanes that share a queue share its rule."""
         return PrefillLane(instance, rule, ShareGuard(self._deferred_share), shared)
 
-    def next_prefill(self, lane: PrefillLane, now_s: float, peers: Sequence[Peer] = ()) -> PrefillDecision | None:
-        """What a free prefill instance runs next; None when nothing waits."""
+    def next_prefill(
+        self, lane: PrefillLane, now_s: float, peers: Sequence[Peer] = (), wanted: int = 1
+    ) -> PrefillDecision | None:
+        """What a free prefill instance runs next; None when nothing waits.
+
+        Args:
+            wanted: how many requests of an ordering rule may share the step, where the engine fills its steps itself;
+                a packing rule says that for itself.
+        """
         for queue in lane.queues():
             queue.settle(now_s)
         if not lane.waits():
             return None
-        chosen, reason = self._has_the_floor(lane) or self._ask(lane, now_s, peers, wanted=1)
+        if lane.rule.packs:
+            wanted = 1
+        chosen, reason = self._has_the_floor(lane) or self._ask(lane, now_s, peers, wanted)
+        if len(chosen) < wanted and reason in (Reason.SHARE_GUARD, Reason.CONTINUES):
+            others, _ = self._ask(lane, now_s, peers, wanted)
+            chosen += [w for w in others if w.request_id != chosen[0].request_id][: wanted - 1]
         if not chosen:
             return None  # all that waits is left to peers that have its prefix
         if reason is Reason.SHARE_GUARD and lane.guard.pinned != chosen[0].request_id:

@@ -52,6 +52,7 @@ def commands() -> "typer.Typer":
         configuration,
         db,
         demo,
+        doctor,
         experiments,
         explain,
         keys,
@@ -73,7 +74,7 @@ def commands() -> "typer.Typer":
         pretty_exceptions_enable=False,
     )
     offline = (demo, simulate, models, telemetry, traces, policies, report)
-    for group in (*offline, serve, explain, db, keys, strategies, experiments, configuration):
+    for group in (*offline, serve, explain, db, keys, strategies, experiments, configuration, doctor):
         group.register(app)
     return app
 

@@ -40,10 +40,18 @@ def _keep_alone(view: PrefillView) -> tuple[Sequence[Waiting], list[Waiting]]:
     """Kept and dropped requests of an instance that has its queue to itself, each by deadline."""
     candidates = view.by_deadline
     busy_until_s = view.now_s
-    kept: list[tuple[float, int]] = []
+    for first_late, w in enumerate(candidates):  # noqa: B007  read after the loop
+        ends_s = busy_until_s + w.prefill_s
+        if ends_s > w.deadline_s:
+            break
+        busy_until_s = ends_s
+    else:
+        return candidates, []
+    kept = [(-w.prefill_s / w.weight, -place) for place, w in enumerate(candidates[:first_late])]
+    heapq.heapify(kept)
     dropped: set[int] = set()
     push, push_pop = heapq.heappush, heapq.heappushpop
-    for place, w in enumerate(candidates):
+    for place, w in enumerate(candidates[first_late:], start=first_late):
         work_s = w.prefill_s
         busy_until_s += work_s
         if busy_until_s <= w.deadline_s:
@@ -52,8 +60,6 @@ def _keep_alone(view: PrefillView) -> tuple[Sequence[Waiting], list[Waiting]]:
             leaving = -push_pop(kept, (-work_s / w.weight, -place))[1]
             dropped.add(leaving)
             busy_until_s -= candidates[leaving].prefill_s
-    if not dropped:
-        return candidates, []
     stay = [w for place, w in enumerate(candidates) if place not in dropped]
     return stay, [candidates[place] for place in sorted(dropped)]
 

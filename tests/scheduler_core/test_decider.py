@@ -203,6 +203,31 @@ def test_an_instance_chooses_from_its_own_and_the_shared_queue_as_one() -> None:
     assert ordered == ["shared-short", "own", "shared-long"]
 
 
+def started_by_an_engine(prefill: str, wanted: int, unfinished: bool = False) -> list[RequestId]:
+    """Whom an engine may start that fills steps of 500 tokens itself, of prompts with 300, 200 and 100 tokens."""
+    decides = decider(prefill)
+    lane = lane_of(decides, [waiting("long", 0.3), waiting("middle", 0.2), waiting("short", 0.1)], 500, most=8)
+    if unfinished:
+        lane.current = "middle"
+    decision = decides.next_prefill(lane, 0.0, wanted=wanted)
+    assert decision is not None
+    return decision.request_ids
+
+
+def test_an_engine_that_fills_its_steps_starts_as_many_of_an_order_as_it_wants_and_the_budget_takes() -> None:
+    assert started_by_an_engine("sjf(preempt=true)", 1) == ["short"]
+    assert started_by_an_engine("sjf(preempt=true)", 2) == ["short", "middle"]
+    assert started_by_an_engine("fcfs(preempt=true)", 8) == ["long", "middle"]
+
+
+def test_an_unfinished_prompt_stands_before_what_else_the_engine_may_start() -> None:
+    assert started_by_an_engine("sjf", 3, unfinished=True) == ["middle", "short", "long"]
+
+
+def test_a_packing_rule_says_itself_who_shares_the_step_of_an_engine() -> None:
+    assert started_by_an_engine("on-time", 8) == started_by_an_engine("on-time", 1)
+
+
 def test_nothing_to_run_is_no_decision() -> None:
     chosen = decider("on-time")
 
