@@ -1,4 +1,4 @@
-"""A listening ASGI application inside a running event loop: uvicorn's protocol on httptools, with an end one controls."""
+"""An ASGI application on a port, inside a running event loop: uvicorn's protocol on httptools, with an end of ours."""
 
 import asyncio
 import socket

@@ -21,6 +21,9 @@ _KEEP_IDLE_S = 3.0
 """Below the five seconds after which uvicorn, and so vLLM and SGLang, close an idle connection."""
 
 
+FailureKind = Literal["connect", "lost", "timeout", "protocol"]
+
+
 class UpstreamError(Exception):
     """A request got no whole answer.
 
@@ -28,7 +31,7 @@ class UpstreamError(Exception):
     `protocol`: what came is no HTTP.
     """
 
-    def __init__(self, kind: Literal["connect", "lost", "timeout", "protocol"], message: str) -> None:
+    def __init__(self, kind: FailureKind, message: str) -> None:
         self.kind = kind
         super().__init__(message)
 
@@ -355,8 +358,6 @@ class _Connection(asyncio.Protocol):
             await self._waiter
         finally:
             self._waiter = None
-        if self._error is not None and not self._chunks:
-            raise self._error
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

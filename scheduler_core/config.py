@@ -3,6 +3,7 @@
 `load_settings` is called once, where a process starts; everything else is handed the `Settings` or a part of it.
 """
 
+import ipaddress
 import math
 import os
 import re
@@ -68,6 +69,18 @@ Port = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=65535)]
 
 Role = Literal["prefill", "decode", "mixed"]
 ROLES: tuple[Role, ...] = get_args(Role)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is one that only this machine can reach.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("0.0.0.0")
+    (True, False)
+    """
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Section(BaseModel):
@@ -443,6 +456,12 @@ class GatewaySettings(Section):
     def _keys_differ(self) -> "GatewaySettings":
         if len({entry.key.get_secret_value() for entry in self.keys}) < len(self.keys):
             raise ValueError("two keys are the same")
+        return self
+
+    @model_validator(mode="after")
+    def _open_only_with_keys(self) -> "GatewaySettings":
+        if not self.keys and not is_loopback(self.host):
+            raise ValueError(f"host '{self.host}' is open to other machines; give keys, or use 127.0.0.1")
         return self
 
 

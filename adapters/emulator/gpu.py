@@ -93,6 +93,8 @@ class VirtualGpu:
         self.ready: list[Job] = []
         self.residents: list[Job] = []
         self.steps = 0
+        self.generated = 0
+        """Output tokens."""
         self.busy_s = 0.0
         """Of the profile's seconds."""
         self.last_step_s = 0.0
@@ -221,8 +223,7 @@ class VirtualGpu:
             self._on_step(_record(parts, members, seconds))
         for job in members:
             if not job.ended:  # an abort may have come during the step
-                self._emit(job)
-                if job.ended:
+                if self._emit(job):
                     self.residents.remove(job)
         for job, part in parts:
             if job.ended:
@@ -230,14 +231,16 @@ class VirtualGpu:
             job.computed = part.context_tokens + part.new_tokens
             if job.computed == job.prompt_tokens:
                 self.prompts.remove(job)
-                self._emit(job)
-                if not job.ended:
+                if not self._emit(job):
                     self.ready.append(job)
 
-    def _emit(self, job: Job) -> None:
+    def _emit(self, job: Job) -> bool:
+        """Emit a token; whether it was the last."""
+        self.generated += 1
         job.emitted += 1
         job.ended = job.emitted >= job.output_tokens
         job.wake()
+        return job.ended
 
 
 def _record(parts: Sequence[tuple[Job, Part]], members: Sequence[Job], seconds: float) -> StepRecord:

@@ -17,6 +17,7 @@ def metrics_text(worker: "EmulatedWorker") -> str:
             (f"vllm:num_requests_running{labels}", gpu.running),
             (f"vllm:num_requests_waiting{labels}", gpu.waiting),
             (f"vllm:kv_cache_usage_perc{labels}", usage_share(worker)),
+            (f"vllm:generation_tokens_total{labels}", gpu.generated),
             (f"vllm:nixl_num_kv_expired_reqs_total{labels}", desk.expired),
         ]
     else:
@@ -24,6 +25,7 @@ def metrics_text(worker: "EmulatedWorker") -> str:
         rows = [
             (f"sglang:num_running_reqs{labels}", gpu.running),
             (f"sglang:num_queue_reqs{labels}", gpu.waiting),
+            (f"sglang:generation_tokens_total{labels}", gpu.generated),
             (f"sglang:token_usage{labels}", usage_share(worker)),
         ]
     rows += [

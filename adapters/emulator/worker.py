@@ -423,12 +423,12 @@ class _Generation:
 
 
 async def _read(receive: Receive) -> bytes:
-    body = b""
+    parts: list[bytes] = []
     while True:
         message = await receive()
-        body += message.get("body", b"")
+        parts.append(message.get("body", b""))
         if not message.get("more_body"):
-            return body
+            return b"".join(parts)
 
 
 async def _unless_gone(work: "asyncio.Future[Any]", receive: Receive) -> Any:

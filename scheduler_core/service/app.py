@@ -1,6 +1,5 @@
 """The control plane as a FastAPI application: routes, the errors' one shape, and its OpenAPI document."""
 
-import ipaddress
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -10,7 +9,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
 import kairos
-from kairos.scheduler_core.config import Settings, StoreSettings
+from kairos.scheduler_core.config import Settings, StoreSettings, is_loopback
 from kairos.scheduler_core.errors import ConfigError, KairosError
 from kairos.scheduler_core.service.openapi import openapi_of
 from kairos.scheduler_core.service.problems import on_bug, on_http_error, on_kairos_error
@@ -80,9 +79,5 @@ def require_loopback(host: str) -> None:
     Raises:
         ConfigError: others can, and there are no keys to tell them apart.
     """
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    if not is_loopback(host):
         raise ConfigError(f"host '{host}' is open to other machines, and the service has no keys yet; use 127.0.0.1")

@@ -151,7 +151,11 @@ def test_live_workers_have_an_address_and_an_engine(tmp_path: Path) -> None:
     [
         ("gpu: g", "gpuu: g", "profiles.p.gpuu: unknown setting. Did you mean 'gpu'?"),
         ("{profile: p}]\n  decode", "{profile: p, chunk_tokns: 5}]\n  decode", "fleet.prefill[0].chunk_tokns: unknown"),
-        ("fleet:", "guads: {}\nfleet:", "guads: unknown setting. Did you mean 'guards'? Known: active, fleet, gateway, guards"),
+        (
+            "fleet:",
+            "guads: {}\nfleet:",
+            "guads: unknown setting. Did you mean 'guards'? Known: active, fleet, gateway, guards",
+        ),
         (
             "a_s: 0.01",
             "a_s: -0.01",
