@@ -36,6 +36,7 @@ class AsgiServer:
             http=HttpToolsProtocol,
             ws="none",
             lifespan="off",
+            proxy_headers=False,
             access_log=False,
             log_config=None,
             timeout_keep_alive=keep_alive_s,

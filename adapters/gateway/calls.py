@@ -40,6 +40,7 @@ class Call:
         "dispatch_rank",
         "dispatch_s",
         "expected_cached_tokens",
+        "failed_on",
         "first_token_s",
         "grant",
         "interruption",
@@ -88,6 +89,8 @@ class Call:
         """Resolved when an instance takes it; its exception when none will."""
         self.task: asyncio.Task[None] | None = None
         self.attempts = 0
+        self.failed_on: set[str] = set()
+        """Instances that a first attempt failed on."""
         self.interruption: CallError | None = None
         """Why its task was told to stop."""
         self.prefill: LiveInstance | None = None

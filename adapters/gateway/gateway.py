@@ -155,10 +155,12 @@ class Gateway:
                 call.interrupt(CallError(502, "engine_lost", "the engine does not answer any more", may_retry=True))
 
     def _calls_on(self, instance: LiveInstance) -> list[Call]:
+        """Requests that the instance works on and that have not noticed a failure of it themselves."""
         return [
             call
             for call in self.app.calls.values()
-            if call.dispatch_s and (call.decode is instance or (call.prefill is instance and call.decode is None))
+            if (call.decode is instance or (call.prefill is instance and call.decode is None))
+            and instance.instance_id not in call.failed_on
         ]
 
     async def _resolve(self) -> None:

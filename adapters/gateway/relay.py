@@ -126,6 +126,8 @@ class Relay:
                     raise
                 error, call.interruption = call.interruption, None
                 call.task.uncancel()
+            if error.code == "engine_unreachable":  # nothing was sent; it is out of the queues now
+                call.attempts -= 1
             if reply.began or call.attempts >= _ATTEMPTS or not error.may_retry:
                 raise error
             self.retries += 1
@@ -219,7 +221,7 @@ class Relay:
                 idle_s=self.timeouts.idle_s,
             )
         except UpstreamError as problem:
-            self._suspect(instance, problem.kind)
+            self._failed(call, instance, problem)
             raise
 
     async def _body(self, call: Call, response: Response, instance: LiveInstance) -> bytes:
@@ -227,11 +229,18 @@ class Relay:
         try:
             body = await response.body()
         except UpstreamError as problem:
-            self._suspect(instance, problem.kind)
+            self._failed(call, instance, problem)
             raise
+        finally:
+            response.close()
         if response.status != 200:
+            call.failed_on.add(instance.instance_id)
             raise _refusal(response.status, body)
         return body
+
+    def _failed(self, call: Call, instance: LiveInstance, problem: UpstreamError) -> None:
+        call.failed_on.add(instance.instance_id)
+        self._suspect(instance, problem.kind)
 
     async def _answer(
         self, call: Call, response: Response, instance: LiveInstance, side: DecodeSide, reply: Reply
@@ -260,11 +269,15 @@ class Relay:
             try:
                 data = await response.chunk()
             except UpstreamError as problem:
-                self._suspect(instance, problem.kind)
+                self._failed(call, instance, problem)
                 raise
             if not data:
                 break
-            data = relayed.feed(data)
+            try:
+                data = relayed.feed(data)
+            except CallError:
+                call.failed_on.add(instance.instance_id)
+                raise
             if relayed.events > call.output_tokens:
                 side.last_token_s = call.last_token_s = clock()
                 side.grow(call, relayed.events - call.output_tokens)

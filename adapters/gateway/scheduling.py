@@ -130,7 +130,9 @@ class Scheduler:
         self.stir(pool)
 
     def again(self, call: Call) -> None:
-        """Let a request that failed before its first token wait once more; it was admitted already.
+        """Let a request that failed before its first token wait once more, elsewhere if there is another place.
+
+        It was admitted already.
 
         Raises:
             CallError: nothing can serve it any more.
@@ -138,7 +140,10 @@ class Scheduler:
         self.release(call)
         call.prefill = call.decode = None
         pool = self._pool(call)
-        self._let_wait(call, pool, pool.views(call))
+        others = [i for i in pool.instances if i.instance_id not in call.failed_on] or pool.instances
+        place = min(others, key=lambda instance: side_of(instance).free_at_s)
+        pool.add(pool.views(call), place.instance_id, self._clock())
+        self.waiting[call.number] = call
         self.stir(pool)
 
     def stir(self, only: Pool | None = None) -> None:
@@ -183,6 +188,7 @@ class Scheduler:
         ]
         if not able:
             raise CallError(503, "no_instance", "no decode instance answers", _SOON_S)
+        able = [instance for instance in able if instance.instance_id not in call.failed_on] or able
         started_ns = time.perf_counter_ns()
         place = able[0]
         if len(able) > 1:

@@ -122,7 +122,7 @@ def test_kv_that_does_not_fit_waits() -> None:
 
 def test_vllm_runs_lower_priorities_first_and_sglang_higher_ones() -> None:
     async def first_done(engine: str) -> int:
-        times = step_times(prefill=(0.0, 1e-3, 0.0))
+        times = step_times(prefill=(0.1, 0.0, 0.0))
         async with workers(options(engine=engine, step_times=times)) as [worker]:
             done: list[int] = []
 
@@ -133,7 +133,7 @@ def test_vllm_runs_lower_priorities_first_and_sglang_higher_ones() -> None:
             async with asyncio.TaskGroup() as group:
                 group.create_task(ask(0))
                 await until(lambda: bool(worker.gpu.prompts))
-                await asyncio.sleep(0.005)  # its step has begun
+                await asyncio.sleep(0.01)  # its step has begun
                 group.create_task(ask(5))
                 group.create_task(ask(1))
                 await until(lambda: len(worker.gpu.prompts) == 3)
