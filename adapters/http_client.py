@@ -7,7 +7,7 @@ import asyncio
 import ssl
 from collections import deque
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -173,15 +173,18 @@ class HttpPool:
 
     async def _connect(self) -> "_Connection":
         loop = asyncio.get_running_loop()
+        connection = _Connection(self, loop)
         try:
             async with asyncio.timeout(self._connect_s):
-                _, connection = await loop.create_connection(
-                    lambda: _Connection(self, loop), self.host, self.port, ssl=self._tls
-                )
+                await loop.create_connection(lambda: connection, self.host, self.port, ssl=self._tls)
         except TimeoutError:
+            connection.abort()
             raise UpstreamError("connect", f"{self.url}: no connection within {self._connect_s:g} s") from None
         except OSError as problem:
             raise UpstreamError("connect", f"{self.url}: {problem.strerror or problem}") from None
+        except BaseException:  # cancelled while it was being made
+            connection.abort()
+            raise
         return connection
 
     def opened(self, connection: "_Connection") -> None:
@@ -224,6 +227,7 @@ class _Connection(asyncio.Protocol):
         self._paused = False
         self.idle_since_s = 0.0
         self._busy = False
+        self._given_up = False
         self._begin()
 
     def _begin(self) -> None:
@@ -242,9 +246,11 @@ class _Connection(asyncio.Protocol):
     # -- of asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        self._pool.opened(self)
+        self._transport = cast(asyncio.Transport, transport)
+        if self._given_up:
+            self._transport.abort()
+        else:
+            self._pool.opened(self)
 
     def data_received(self, data: bytes) -> None:
         if not self._busy:  # nothing was asked
@@ -346,7 +352,9 @@ class _Connection(asyncio.Protocol):
             self._fail(UpstreamError("timeout", f"{self._pool.url}: nothing came in time"))
 
     def abort(self) -> None:
-        """Close at once."""
+        """Close at once, also if it is not open yet."""
+        self._given_up = True
+        self._pool.lost(self)  # uvloop does not always tell
         if self._transport is not None:
             self._transport.abort()
 

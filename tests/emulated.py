@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+import uvloop
 from builders import step_times
 
 from kairos.adapters.emulator.worker import EmulatedWorker, WorkerOptions
@@ -22,7 +23,8 @@ def run(work: Coroutine[Any, Any, T], limit_s: float = 30.0) -> T:
         async with asyncio.timeout(limit_s):
             return await work
 
-    return asyncio.run(limited())
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(limited())
 
 
 def options(**changes: Any) -> WorkerOptions:

@@ -52,6 +52,7 @@ def commands() -> "typer.Typer":
         configuration,
         db,
         demo,
+        gateway,
         models,
         policies,
         report,
@@ -59,6 +60,7 @@ def commands() -> "typer.Typer":
         simulate,
         telemetry,
         traces,
+        worker,
     )
 
     app = typer.Typer(
@@ -68,7 +70,20 @@ def commands() -> "typer.Typer":
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for group in (demo, simulate, models, telemetry, traces, policies, report, serve, db, configuration):
+    for group in (
+        demo,
+        simulate,
+        models,
+        telemetry,
+        traces,
+        policies,
+        report,
+        serve,
+        gateway,
+        worker,
+        db,
+        configuration,
+    ):
         group.register(app)
     return app
 

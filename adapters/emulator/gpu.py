@@ -6,6 +6,7 @@ decode once less: it is one forward pass.
 
 import asyncio
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -98,7 +99,7 @@ class VirtualGpu:
         self.busy_s = 0.0
         """Of the profile's seconds."""
         self.last_step_s = 0.0
-        """When the last one ended, on the loop's clock."""
+        """When the last one ended, on the monotonic clock."""
         self.lagged_s = 0.0
         """Real seconds by which steps ended late and were not caught up with."""
 
@@ -155,8 +156,7 @@ class VirtualGpu:
     # -- steps
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        end_s = loop.time()
+        end_s = time.monotonic()
         while True:
             self._admit()
             parts = self._parts()
@@ -164,12 +164,12 @@ class VirtualGpu:
             if not parts and not members:
                 self._wake.clear()
                 await self._wake.wait()
-                end_s = loop.time()
+                end_s = time.monotonic()
                 continue
             seconds = self._seconds(parts, members)
-            end_s = self._catch_up(end_s, loop.time()) + seconds * self._scale
-            await asyncio.sleep(max(0.0, end_s - loop.time()))
-            self.last_step_s = loop.time()
+            end_s = self._catch_up(end_s, time.monotonic()) + seconds * self._scale
+            await asyncio.sleep(max(0.0, end_s - time.monotonic()))
+            self.last_step_s = time.monotonic()
             self._end(parts, members, seconds)
 
     def _catch_up(self, end_s: float, now_s: float) -> float:
@@ -222,9 +222,8 @@ class VirtualGpu:
         if self._on_step is not None:
             self._on_step(_record(parts, members, seconds))
         for job in members:
-            if not job.ended:  # an abort may have come during the step
-                if self._emit(job):
-                    self.residents.remove(job)
+            if not job.ended and self._emit(job):  # an abort may have come during the step
+                self.residents.remove(job)
         for job, part in parts:
             if job.ended:
                 continue

@@ -190,7 +190,7 @@ class EmulatedWorker:
         """`POST /emulated/kv/KEY/take|renew|wait`: what the engines' own transfer does outside HTTP."""
         key, _, action = scope["path"].removeprefix("/emulated/kv/").partition("/")
         await _read(receive)
-        now_s = asyncio.get_running_loop().time()
+        now_s = time.monotonic()
         taken = True
         if action == "renew":
             self.desk.renew(key, now_s)
@@ -211,14 +211,13 @@ class EmulatedWorker:
 
     async def _fetch(self, leg: Leg, job: Job) -> None:
         """Bring the KV of a prompt here; raises UpstreamError when its holder is gone or gives it up."""
-        loop = asyncio.get_running_loop()
-        renewed_s = loop.time()
+        renewed_s = time.monotonic()
         while not self._room_for(job):  # held by its producer until there is room, renewed only while we step
             await asyncio.sleep(0.005)
             due_s = renewed_s + self.options.lease_s / 6
-            if not leg.waits and loop.time() >= due_s and self.gpu.last_step_s >= renewed_s:
+            if not leg.waits and time.monotonic() >= due_s and self.gpu.last_step_s >= renewed_s:
                 await self._ask(leg, "renew")
-                renewed_s = loop.time()
+                renewed_s = time.monotonic()
         taken = await self._ask(leg, "wait" if leg.waits else "take")
         if leg.waits and not taken:
             raise UpstreamError("lost", "the prefill leg failed")
@@ -409,7 +408,7 @@ class _Generation:
             return None
         self.held = True
         tokens = self._jobs[0].prompt_tokens
-        worker.desk.hold(leg.key, tokens, asyncio.get_running_loop().time())
+        worker.desk.hold(leg.key, tokens, time.monotonic())
         if worker._connector != "nixl":
             return None
         expires_at_s = time.time() + worker.options.lease_s

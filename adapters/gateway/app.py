@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import re
+import time
 from collections.abc import Callable
 
 from kairos.adapters.gateway import dialects
@@ -101,7 +102,7 @@ class App:
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send, chat: bool) -> None:
         loop = asyncio.get_running_loop()
-        arrival_s = loop.time()
+        arrival_s = time.monotonic()
         headers: Headers = dict(scope["headers"])
         try:
             call = await self._taken(scope, receive, headers, chat, arrival_s)

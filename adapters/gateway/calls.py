@@ -26,7 +26,7 @@ class Outcome(StrEnum):
 
 
 class Call:
-    """A request for tokens. Owned by the task that serves it; times are of the loop's clock."""
+    """A request for tokens. Owned by the task that serves it; times are monotonic seconds."""
 
     __slots__ = (
         "arrival_s",

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import ssl
+import time
 from collections.abc import Coroutine, Iterator
 
 from kairos.adapters.asgi_server import AsgiServer
@@ -39,11 +40,10 @@ class Gateway:
         self.settings = settings
         self._step_times_of = step_times_of
         gateway = settings.gateway
-        clock = asyncio.get_running_loop().time
         strategy = settings.strategies[settings.active].as_strategy(settings.active)
-        self.scheduler = Scheduler(strategy, settings.guards, clock, gateway.max_waiting)
+        self.scheduler = Scheduler(strategy, settings.guards, time.monotonic, gateway.max_waiting)
         self.metrics = GatewayMetrics()
-        self.health = Health(gateway.health_s, self._changed, clock)
+        self.health = Health(gateway.health_s, self._changed, time.monotonic)
         self.relay = Relay(self.scheduler, gateway.timeouts, gateway.kv_lease_s, self.health.suspect)
         self.app = App(
             gateway,
@@ -135,9 +135,8 @@ class Gateway:
         del self._members[instance.instance_id]
         instance.state = State.DRAINING
         self.scheduler.rebuild()
-        loop = asyncio.get_running_loop()
-        until_s = loop.time() + self.settings.gateway.timeouts.drain_s
-        while instance.requests and loop.time() < until_s:
+        until_s = time.monotonic() + self.settings.gateway.timeouts.drain_s
+        while instance.requests and time.monotonic() < until_s:
             await asyncio.sleep(_SWEEP_S)
         for call in self._calls_on(instance):
             call.interrupt(CallError(502, "instance_gone", "the instance was removed", may_retry=True))
@@ -172,10 +171,9 @@ class Gateway:
 
     async def _sweep(self) -> None:
         """End what is out of time."""
-        clock = asyncio.get_running_loop().time
         while True:
             await asyncio.sleep(_SWEEP_S)
-            now_s = clock()
+            now_s = time.monotonic()
             for call in list(self.app.calls.values()):
                 if now_s > call.total_deadline_s:
                     call.interrupt(CallError(504, "deadline", "the request took longer than timeouts.total_s"))

@@ -5,6 +5,7 @@ what fails has a status of its own. From then on bytes pass as they come.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -162,8 +163,8 @@ class Relay:
         timer = None
         if not call.body.stream:
             call.deadline_s = NO_TARGET_S
-            loop = asyncio.get_running_loop()
-            timer = loop.call_at(instance.prefill.flights[call.number], self._scheduler.prefill_ended, call)
+            wait_s = instance.prefill.flights[call.number] - time.monotonic()
+            timer = asyncio.get_running_loop().call_later(max(0.0, wait_s), self._scheduler.prefill_ended, call)
         try:
             response = await self._ask(call, instance, dialects.alone(call, instance))
             await self._answer(call, response, instance, instance.decode, reply)
@@ -175,7 +176,7 @@ class Relay:
         response = await self._ask(call, prefill, dialects.nixl_prefill(call, prefill))
         body = await self._body(call, response, prefill)
         params, call.usage = dialects.nixl_params(body)
-        now_s = asyncio.get_running_loop().time()
+        now_s = time.monotonic()
         call.grant = KvGrant(params, self._lease_s, now_s)
         self._scheduler.prefill_ended(call)
         side = self._scheduler.place_decode(call)
@@ -263,7 +264,6 @@ class Relay:
         self, call: Call, response: Response, instance: LiveInstance, side: DecodeSide, reply: Reply
     ) -> None:
         relayed = Relayed(keep_usage=call.body.wants_usage)
-        clock = asyncio.get_running_loop().time
         held = b""
         while True:
             try:
@@ -279,7 +279,7 @@ class Relay:
                 call.failed_on.add(instance.instance_id)
                 raise
             if relayed.events > call.output_tokens:
-                side.last_token_s = call.last_token_s = clock()
+                side.last_token_s = call.last_token_s = time.monotonic()
                 side.grow(call, relayed.events - call.output_tokens)
                 call.output_tokens = relayed.events
                 if not call.first_token_s:
@@ -307,7 +307,7 @@ class Relay:
         Raises:
             CallError: it was made from KV that may have been gone.
         """
-        now_s = asyncio.get_running_loop().time()
+        now_s = time.monotonic()
         side.last_token_s = now_s
         if call.grant is not None and call.body.stream:
             if call.grant.expired(now_s):

@@ -4,8 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from emulated import MODEL, call, events, options, run
-from gateways import KINDS, behind_gateway, pair
+from emulated import MODEL, call, events, run
+from gateways import KINDS, behind_gateway
 
 COMPLETION = {"model": MODEL, "prompt": "x" * 40, "max_tokens": 4}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
