@@ -26,7 +26,7 @@ import psycopg
 from record import meta
 from sqlalchemy import insert, make_url, text
 
-from kairos.scheduler_core.service.store.queries import StepBatch, add_batch
+from kairos.scheduler_core.service.store.queries.telemetry import StepBatch, add_batch
 from kairos.scheduler_core.service.store.revisions import upgrade
 from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.tables import Step

@@ -89,10 +89,9 @@ def save(learned: Sequence[ProfileModels], path: Path) -> None:
     Raises:
         InputError: the place cannot be written.
     """
-    body = zlib.compress(msgspec.msgpack.encode(list(learned)), 6)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(_MAGIC + SCHEMA_HASH.encode() + b"\n" + body)
+        part.write_bytes(dump(learned))
         part.replace(path)
     except OSError as error:
         raise InputError(f"cannot write the model {path}: {error.strerror or error}; choose another place") from None
@@ -111,14 +110,29 @@ def load(path: Path) -> Predictors:
         raise InputError(
             f"cannot read the model {path}: {error.strerror or error}; train one with kairos train"
         ) from None
+    return parse(content, str(path))
+
+
+def dump(learned: Sequence[ProfileModels]) -> bytes:
+    """The content of the file."""
+    return _MAGIC + SCHEMA_HASH.encode() + b"\n" + zlib.compress(msgspec.msgpack.encode(list(learned)), 6)
+
+
+def parse(content: bytes, name: str) -> Predictors:
+    """The predictors in bytes that `dump` made; `name` is what errors call them.
+
+    Raises:
+        InputError: they are damaged or something else.
+        SchemaError: they were trained on other features.
+    """
     magic, schema, body = content[: len(_MAGIC)], *content[len(_MAGIC) :].partition(b"\n")[::2]
     if magic != _MAGIC:
-        raise InputError(f"{path} is not a Kairos model; train one with kairos train")
+        raise InputError(f"{name} is not a Kairos model; train one with kairos train")
     if schema != SCHEMA_HASH.encode():
         found = schema[:32].decode(errors="replace")
-        raise SchemaError(f"model {path} was trained on features {found}, this Kairos makes {SCHEMA_HASH}; retrain it")
+        raise SchemaError(f"model {name} was trained on features {found}, this Kairos makes {SCHEMA_HASH}; retrain it")
     try:
         learned = msgspec.msgpack.decode(zlib.decompress(body), type=list[ProfileModels])
     except (zlib.error, msgspec.MsgspecError) as error:
-        raise InputError(f"the model {path} is damaged ({error}); train it again or restore the file") from None
+        raise InputError(f"the model {name} is damaged ({error}); train it again or restore the file") from None
     return Predictors(learned)

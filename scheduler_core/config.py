@@ -67,8 +67,8 @@ Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
 NotNegativeCount = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
 Port = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=65535)]
 
-Role = Literal["prefill", "decode", "mixed"]
-ROLES: tuple[Role, ...] = get_args(Role)
+InstanceRole = Literal["prefill", "decode", "mixed"]
+INSTANCE_ROLES: tuple[InstanceRole, ...] = get_args(InstanceRole)
 
 
 def is_loopback(host: str) -> bool:
@@ -289,9 +289,9 @@ class Fleet(Section):
         )
         return self
 
-    def groups(self) -> Iterator[tuple[Role, int, Group]]:
+    def groups(self) -> Iterator[tuple[InstanceRole, int, Group]]:
         """Every group with its role and its place among those of the role."""
-        for role in ROLES:
+        for role in INSTANCE_ROLES:
             for index, group in enumerate(getattr(self, role)):
                 yield role, index, group
 
@@ -389,6 +389,37 @@ class ServiceSettings(Section):
     max_requests: Count = 20_000
     """Requests in one snapshot; more is answered 413."""
     max_body_bytes: Count = 64 * 2**20
+    client_timeout_s: Positive = 30.0
+    """How long a client may take to send the head of a request, and then its body."""
+
+
+Role = Literal["read", "schedule", "operate"]
+ROLES: tuple[Role, ...] = ("read", "schedule", "operate")
+"""What the holder of a key may do; each may also do what those before it may."""
+_LEAST_KEY_CHARACTERS = 32
+
+
+class AccessKey(Section):
+    """A bearer key for a service without a database, or for its first caller."""
+
+    key: SecretStr
+    """Random, at least 32 characters; never shown."""
+    role: Role
+    tenant: str | None = None
+    """Whose requests it is for; None: everyone's."""
+
+    @model_validator(mode="after")
+    def _long_enough(self) -> "AccessKey":
+        if len(self.key.get_secret_value()) < _LEAST_KEY_CHARACTERS:
+            _refuse([(("key",), f"needs at least {_LEAST_KEY_CHARACTERS} random characters")])
+        return self
+
+
+class AccessSettings(Section):
+    """Who may call the service, beside the keys that the database holds."""
+
+    keys: dict[str, AccessKey] = {}
+    """By the name of whoever holds it."""
 
 
 class GatewayKey(Section):
@@ -521,6 +552,7 @@ class Settings(Section):
     active: str = "kairos"
     service: ServiceSettings = ServiceSettings()
     gateway: GatewaySettings = GatewaySettings()
+    access: AccessSettings = AccessSettings()
     store: StoreSettings | None = None
     """None: nothing is kept, and there are no routes for telemetry."""
 
@@ -639,7 +671,8 @@ def _apply_environment(document: dict[str, Any], environ: Mapping[str, str]) -> 
             key = _key(node, word)
             if key is None:
                 place = _shown_path(loc)
-                raise ConfigError(f"{variable}: there is no '{word}' in {place}, which holds {_shown(node)}")
+                holds = "a secret" if loc and loc[0] in _SECRET_SECTIONS else _shown(node)
+                raise ConfigError(f"{variable}: there is no '{word}' in {place}, which holds {holds}")
             loc.append(key)
             if depth == len(words) - 1:
                 node[key] = value
@@ -661,6 +694,9 @@ def _key(node: Any, word: str) -> int | str | None:
     return None
 
 
+_SECRET_SECTIONS = ("access", "store")
+
+
 def _explain(problem: Mapping[str, Any], origins: Mapping[Loc, str]) -> str:
     loc: Loc = problem["loc"]
     text = problem["msg"].removeprefix("Value error, ")
@@ -669,6 +705,8 @@ def _explain(problem: Mapping[str, Any], origins: Mapping[Loc, str]) -> str:
         text = _unknown(loc)
     elif problem["type"] == "missing":
         text = "is missing"
+    elif loc[0] in _SECRET_SECTIONS:
+        pass  # what was given may be the secret
     elif problem["type"] not in ("kairos", "value_error") or not isinstance(problem["input"], dict | None):
         text = f"{text}, got {_shown(problem['input'])}"
     depth = len(loc)

@@ -38,7 +38,7 @@ class PrefillLane:
 
     def __init__(self, instance: PrefillInstance, rule: PrefillRule, guard: ShareGuard, shared: WaitingQueue | None):
         self.instance = instance
-        self.rule = rule
+        self.use(rule)
         self.guard = guard
         self.own = WaitingQueue()
         """Requests bound to this instance, begun ones included."""
@@ -46,9 +46,13 @@ class PrefillLane:
         """Requests that any of several instances may take; None when there is no such queue."""
         self.current: RequestId | None = None
         """The unfinished prompt that goes on when the rule does not preempt."""
-        self.observes = isinstance(rule.policy, Observer)
         self.owed: Waiting | None = None
         """Who waited for its due while the last decided step ran."""
+
+    def use(self, rule: PrefillRule) -> None:
+        """Let a rule order what waits here from the next decision on."""
+        self.rule = rule
+        self.observes = isinstance(rule.policy, Observer)
 
     def find(self, request_id: RequestId) -> Waiting | None:
         """A request that this instance may run."""

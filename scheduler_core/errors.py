@@ -12,6 +12,8 @@ KairosError                      500
     TooLargeError                413  more than a limit allows
     FieldsError                  422  fields of a request's body, each with its path
     ConflictError                409  not what is stored under the same id
+    NotFoundError                404  nothing of that id
+      NotSampledError            404  it may have been there, and was not recorded
   StoreError                     503  the database is away, full, or not at a revision this Kairos runs on
   BusyError                      429  a queue is full; says when to come back
   PolicyError                    500  a policy answered what cannot be done (the guard catches it)
@@ -25,6 +27,8 @@ class KairosError(Exception):
     """Root of all errors that Kairos raises on purpose."""
 
     http_status = 500
+    problem_type = "about:blank"
+    """For programs, where the status does not say enough."""
 
 
 class InputError(KairosError):
@@ -69,6 +73,18 @@ class ConflictError(InputError):
     """Other content than what is stored under the same id."""
 
     http_status = 409
+
+
+class NotFoundError(InputError):
+    """Nothing is known under this id."""
+
+    http_status = 404
+
+
+class NotSampledError(NotFoundError):
+    """Nothing was recorded of this id: its hash does not belong to the sample."""
+
+    problem_type = "not_sampled"
 
 
 class UnknownNameError(InputError):

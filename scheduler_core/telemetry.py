@@ -21,6 +21,9 @@ IntArray = NDArray[np.int64]
 StepKind = Literal["prefill", "decode", "mixed"]
 STEP_KINDS: tuple[StepKind, ...] = ("prefill", "decode", "mixed")
 
+RequestStatus = Literal["finished", "rejected", "failed", "unfinished"]
+REQUEST_STATUSES: tuple[RequestStatus, ...] = ("finished", "rejected", "failed", "unfinished")
+
 PHASES = ("", "idle", "context", "decode", "mixed")
 """What the engine did in the step before; '' = not recorded. `Steps.prev_phase` holds places in this tuple."""
 
@@ -160,6 +163,23 @@ class RequestRow(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=Tr
     engine: Word = ""
     trace: Word = ""
     """The recording it is from."""
+    arrived_at_s: Annotated[float, Meta(ge=0, le=10**11)] | None = None
+    """UTC epoch seconds of its arrival; without it, it is in no experiment and no figure over time."""
+    status: RequestStatus = "finished"
+    """All but finished ones missed their targets."""
+    ttft_target_ms: Milliseconds | None = None
+    """Null: no target."""
+    tpot_target_ms: Milliseconds | None = None
+    wait_ms: Annotated[float, Meta(ge=0, le=10**9)] | None = None
+    """Arrival until its prefill began."""
+    strategy: Word = ""
+    """What decided about it, as `name@version`."""
+    session: Word = ""
+    """A salted hash of its session or key, for experiments that split sessions."""
+    pool: Literal[0, 1] | None = None
+    """Which of two pools served it, in an experiment between pools."""
+    prefill_instance: Word = ""
+    decode_instance: Word = ""
     seq: int | None = None
     """In files and taken, but not kept."""
 

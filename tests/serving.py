@@ -1,5 +1,6 @@
 """`kairos serve` as a process of its own."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import httpx
 
-CONFIG = Path(__file__).parents[1] / "examples" / "kairos.yaml"
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "examples" / "kairos.yaml"
 SERVE = [sys.executable, "-c", "from kairos.adapters.cli import main; main()", "serve", "--config", str(CONFIG)]
 
 
@@ -20,6 +22,8 @@ def served(environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    sources = {"PYTHONPATH": str(ROOT / "src")}
+    environment = dict(os.environ if environment is None else environment) | sources
     process = subprocess.Popen([*SERVE, "--port", str(port)], stderr=subprocess.PIPE, text=True, env=environment)
     address = f"http://127.0.0.1:{port}"
     try:

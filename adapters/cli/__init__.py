@@ -53,6 +53,7 @@ def commands() -> "typer.Typer":
         db,
         demo,
         gateway,
+        keys,
         models,
         policies,
         report,
@@ -82,6 +83,7 @@ def commands() -> "typer.Typer":
         gateway,
         worker,
         db,
+        keys,
         configuration,
     ):
         group.register(app)

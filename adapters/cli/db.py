@@ -69,13 +69,14 @@ def forget(
 
     Example: kairos db forget --config kairos.yaml --tenant acme
     """
-    from kairos.scheduler_core.service.store import queries, revisions
+    from kairos.scheduler_core.service.store import revisions
+    from kairos.scheduler_core.service.store.queries.telemetry import forget as forget_requests
 
     if not (tenant or request or everyone):
         raise ConfigError("nothing is named to be forgotten; give --tenant, --request or --all")
     with opened(config, url) as store:
         revisions.require_served(store)
-        rows = queries.forget(store, tenants=tenant or (), requests=request or (), everyone=everyone)
+        rows = forget_requests(store, tenants=tenant or (), requests=request or (), everyone=everyone)
         typer.echo(f"{store.name}: {rows} requests are of nobody now")
 
 

@@ -23,11 +23,12 @@ def serve(
     import uvicorn
 
     from kairos.scheduler_core.config import load_settings
-    from kairos.scheduler_core.service.app import create_app, require_loopback
+    from kairos.scheduler_core.service.access import require_loopback
+    from kairos.scheduler_core.service.app import create_app
 
     settings = load_settings(config)
     address = host or settings.service.host
-    require_loopback(address)
-    uvicorn.run(
-        create_app(settings), host=address, port=settings.service.port if port is None else port, access_log=False
-    )
+    app = create_app(settings)
+    if not app.state.keys.required:
+        require_loopback(address)
+    uvicorn.run(app, host=address, port=settings.service.port if port is None else port, access_log=False)

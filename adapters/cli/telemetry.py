@@ -36,7 +36,7 @@ def load(
     """
     from kairos.adapters.cli.terminal import progress
     from kairos.adapters.telemetry_files import read_telemetry, request_rows, step_rows, telemetry_files
-    from kairos.scheduler_core.service.store.queries import RequestBatch, StepBatch, add_batch
+    from kairos.scheduler_core.service.store.queries.telemetry import RequestBatch, StepBatch, add_batch
     from kairos.scheduler_core.service.store.revisions import require_served
 
     notes: list[str] = []

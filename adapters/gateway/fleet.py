@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from kairos.adapters.gateway.instances import LiveInstance
 from kairos.adapters.http_client import HttpPool
-from kairos.scheduler_core.config import Group, Role, Settings
+from kairos.scheduler_core.config import Group, InstanceRole, Settings
 from kairos.scheduler_core.domain import StepTimes
 from kairos.scheduler_core.errors import ConfigError
 
@@ -20,7 +20,7 @@ StepTimesOf = Callable[[Settings, str], StepTimes]
 class Member(NamedTuple):
     """One engine of a configuration."""
 
-    role: Role
+    role: InstanceRole
     url: str
     group: Group
 

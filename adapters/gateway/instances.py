@@ -8,7 +8,15 @@ import msgspec
 from kairos.adapters.gateway.calls import Call
 from kairos.adapters.gateway.prefixes import PrefixIndex
 from kairos.adapters.http_client import HttpPool
-from kairos.scheduler_core.config import ComputesPrompts, DecodeGroup, Group, HandsOver, MixedGroup, PrefillGroup, Role
+from kairos.scheduler_core.config import (
+    ComputesPrompts,
+    DecodeGroup,
+    Group,
+    HandsOver,
+    InstanceRole,
+    MixedGroup,
+    PrefillGroup,
+)
 from kairos.scheduler_core.decider import PrefillLane
 from kairos.scheduler_core.domain import (
     UNLIMITED_TOKENS,
@@ -157,7 +165,7 @@ class LiveInstance:
     def __init__(
         self,
         instance_id: str,
-        role: Role,
+        role: InstanceRole,
         group: Group,
         serves: frozenset[str],
         step_times: StepTimes,

@@ -40,9 +40,7 @@ class DecodeRun:
         """Prefill instances that hold the KV of requests not admitted yet."""
         self._step_s = real_times.decode_step_s
         self._times = real_times
-        self._decider = decider
-        self._policy = decider.decode_policy(instance)
-        self._observes = isinstance(self._policy, Observer)
+        self.use(decider)
         self._noise = noise
         self._outcome = outcome
         self._told = told
@@ -51,6 +49,12 @@ class DecodeRun:
         self._expected: dict[int, int] = {}
         self._recompute: dict[object, int] = {}
         """Context tokens to compute again for requests that were swapped out, where that is not free."""
+
+    def use(self, decider: Decider) -> None:
+        """Let a strategy decide here from the next step on."""
+        self._decider = decider
+        self._policy = decider.decode_policy(self.instance)
+        self._observes = isinstance(self._policy, Observer)
 
     # -- load
 

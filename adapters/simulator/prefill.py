@@ -11,7 +11,8 @@ from kairos.scheduler_core.decision import PrefillDecision
 from kairos.scheduler_core.domain import UNLIMITED_TOKENS, Part, Waiting
 from kairos.scheduler_core.policy import Peer, PrefillLoad
 from kairos.scheduler_core.prefix_cache import PrefixCache
-from kairos.scheduler_core.queue import WaitingQueue
+from kairos.scheduler_core.queue import WaitingQueue, arrival_key
+from kairos.scheduler_core.strategy import PrefillRule
 
 
 class PrefillRun:
@@ -139,12 +140,32 @@ class PrefillRun:
 class Pool:
     """Prefill instances that serve the same models, and the queue of those not bound to one, one view of it a group."""
 
-    def __init__(self, serves: frozenset[str], shares_queue: bool) -> None:
+    def __init__(self, serves: frozenset[str]) -> None:
         self.serves = serves
-        self.shares_queue = shares_queue
+        self.shares_queue = False
         """Whether requests wait in the shared queue as a rule: placement `late`."""
         self.runs: list[PrefillRun] = []
         self.shared: dict[object, WaitingQueue] = {}
+
+    def rules(self, decider: Decider) -> list[PrefillRule]:
+        """A rule for each instance; those that wait in one queue share one."""
+        self.shares_queue = decider.strategy.prefill_placement.name == "late"
+        shared = decider.prefill_rule()
+        return [shared if self.shares_queue else decider.prefill_rule() for _ in self.runs]
+
+    def use(self, decider: Decider) -> None:
+        """Let a strategy order what waits from the next decision on."""
+        for run, rule in zip(self.runs, self.rules(decider), strict=True):
+            run.lane.use(rule)
+
+    def take_unbegun(self) -> list[int]:
+        """Take every request out whose prompt is not begun; their rows, in arrival order."""
+        queues = (*self.shared.values(), *(run.lane.own for run in self.runs))
+        unbegun = {w.request_id: w for queue in queues for w in queue.by_arrival if not w.prefilled_tokens}
+        for queue in queues:
+            for request_id in unbegun.keys() & {w.request_id for w in queue.by_arrival}:
+                queue.remove(request_id)
+        return [w.request_id for w in sorted(unbegun.values(), key=arrival_key)]  # type: ignore[misc]  # rows
 
     def waiting_requests(self) -> int:
         """How many wait, bound or not."""
@@ -239,15 +260,15 @@ class Pool:
         return best_s
 
 
-def pools_of(units: Sequence[PrefillUnit], decider: Decider, shares_queue: bool, workload: Workload) -> list[Pool]:
-    """The pools of a fleet, each instance with its lane; with `shares_queue` the lanes of a pool share one rule."""
+def pools_of(units: Sequence[PrefillUnit], decider: Decider, workload: Workload) -> list[Pool]:
+    """The pools of a fleet, each instance with its lane."""
     pools: dict[frozenset[str], Pool] = {}
     for index, unit in enumerate(units):
-        pool = pools.setdefault(unit.serves, Pool(unit.serves, shares_queue))
+        pool = pools.setdefault(unit.serves, Pool(unit.serves))
         pool.runs.append(PrefillRun(index, unit, pool, workload))
     for pool in pools.values():
-        rule = decider.prefill_rule()
-        for run in pool.runs:
+        rules = pool.rules(decider)
+        for run, rule in zip(pool.runs, rules, strict=True):
             queue = pool.shared.setdefault(run.group, WaitingQueue()) if len(pool.runs) > 1 else None
-            run.lane = decider.prefill_lane(run.unit.instance, rule if shares_queue else decider.prefill_rule(), queue)
+            run.lane = decider.prefill_lane(run.unit.instance, rule, queue)
     return list(pools.values())

@@ -5,9 +5,10 @@ prefill instances decide, then idle decode instances. The same `Decider` decides
 """
 
 import heapq
+import math
 import time
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,16 +83,33 @@ class Run:
     """Counted, named treatments and what the fleet's `control` does not apply."""
 
 
-def simulate(workload: Workload, fleet: SimulatedFleet, strategy: Strategy, knobs: Knobs = Knobs()) -> Run:
+def simulate(
+    workload: Workload,
+    fleet: SimulatedFleet,
+    strategy: Strategy,
+    knobs: Knobs = Knobs(),
+    switches: Iterable[tuple[float, Strategy]] = (),
+) -> Run:
     """Run a strategy on a workload until every request has ended. Deterministic in `knobs.seed`.
 
+    Args:
+        workload, fleet, strategy, knobs: what is run.
+        switches: (second, strategy) ascending: what decides from then on, instead of the one before.
+
     Raises:
-        UnknownPolicyError, ConfigError: the strategy cannot be built.
+        UnknownPolicyError, ConfigError: a strategy cannot be built.
     """
-    return _Simulation(workload, fleet, strategy, knobs).run()
+    simulation = Simulation(workload, fleet, strategy, knobs)
+    for at_s, next_strategy in switches:
+        simulation.advance(at_s)
+        simulation.switch(next_strategy, at_s)
+    simulation.advance(math.inf)
+    return simulation.result()
 
 
-class _Simulation:
+class Simulation:
+    """A run that can be stopped at any second, looked at in `outcome`, and given another strategy."""
+
     def __init__(self, workload: Workload, fleet: SimulatedFleet, strategy: Strategy, knobs: Knobs) -> None:
         self.workload, self.fleet, self.knobs = workload, fleet, knobs
         self.decider = Decider(strategy, knobs.deferred_share)
@@ -109,8 +127,7 @@ class _Simulation:
         self.place_decode_at = fleet.handover.place_decode
         self.link_free_s = [0.0] * len(fleet.prefill)
         self.kv_transfer_start_s = [float("nan")] * len(workload)
-        shares_queue = strategy.prefill_placement.name == "late"
-        self.pools: list[Pool] = pools_of(fleet.prefill, self.decider, shares_queue, workload)
+        self.pools: list[Pool] = pools_of(fleet.prefill, self.decider, workload)
         self.prefill: list[PrefillRun] = sorted(
             (run for pool in self.pools for run in pool.runs), key=lambda r: r.index
         )
@@ -120,6 +137,8 @@ class _Simulation:
         self.prefill_stirred = False
         self.decode_stirred: set[int] = set()
         self.no_server = 0
+        self.submitted = 0
+        """Rows before this one have arrived."""
 
     def _decode_run(self, index: int) -> DecodeRun:
         unit, knobs = self.fleet.decode[index], self.knobs
@@ -132,16 +151,15 @@ class _Simulation:
         noise = StepNoise(knobs.seed, "decode noise", index, knobs.noise)
         return DecodeRun(index, instance, times, unit, self.decider, noise, self.outcome, told)
 
-    def run(self) -> Run:
-        """Go through all instants."""
+    def advance(self, until_s: float) -> None:
+        """Go through all instants before `until_s`."""
         events, arrivals = self.events, self.arrival_s
-        next_arrival, submitted = 0, len(arrivals)
-        infinity = float("inf")
+        next_arrival, requests = self.submitted, len(arrivals)
         while True:
-            now_s = events[0][0] if events else infinity
-            if next_arrival < submitted and arrivals[next_arrival] < now_s:
+            now_s = events[0][0] if events else math.inf
+            if next_arrival < requests and arrivals[next_arrival] < now_s:
                 now_s = arrivals[next_arrival]
-            if now_s == infinity:
+            if now_s >= until_s:
                 break
             while events and events[0][0] == now_s:
                 _, kind, index, payload = heapq.heappop(events)
@@ -151,7 +169,7 @@ class _Simulation:
                     self.prefill_ends(index, now_s)
                 else:
                     self.kv_ready(index, payload, now_s)
-            while next_arrival < submitted and arrivals[next_arrival] == now_s:
+            while next_arrival < requests and arrivals[next_arrival] == now_s:
                 self.arrives(next_arrival, now_s)
                 next_arrival += 1
             if self.prefill_stirred:
@@ -162,7 +180,27 @@ class _Simulation:
                 self.decode_stirred.clear()
                 if self.prefill_stirred:  # decode took KV that kept a prefill instance waiting
                     self.prefill_instances_start(now_s)
-        return self.result()
+        self.submitted = next_arrival
+
+    def switch(self, strategy: Strategy, now_s: float) -> None:
+        """Let another strategy decide from now on, over all that waits, with its true arrival times.
+
+        Running steps and begun prompts go on, requests keep their decode instance, guards keep what they owe. Those not
+        begun are placed anew, in arrival order, where the placement is another.
+
+        Raises:
+            UnknownPolicyError, ConfigError: the strategy cannot be built; the old one goes on.
+        """
+        before, self.decider = self.decider, Decider(strategy, self.knobs.deferred_share)
+        self.decider.validity.fallbacks = before.validity.fallbacks
+        for run in self.decode:
+            run.use(self.decider)
+        for pool in self.pools:
+            pool.use(self.decider)
+            if strategy.prefill_placement != before.strategy.prefill_placement:
+                for row in pool.take_unbegun():
+                    self.wait(pool, pool.views(row, lambda run: self.waiting(row, run)), now_s)  # noqa: B023  # called at once
+        self.prefill_instances_start(now_s)
 
     # -- what happens
 
@@ -182,8 +220,12 @@ class _Simulation:
         views = pool.views(row, lambda run: self.waiting(row, run))
         if not self.decider.accepts_all and not self.admitted(row, pool, views, now_s):
             return
+        self.outcome.predicted_prefill_s[row] = next(iter(views.values())).total_prefill_s
+        self.wait(pool, views, now_s)
+
+    def wait(self, pool: Pool, views: Mapping[int, Waiting], now_s: float) -> None:
+        """Let a request wait where the placement policy says."""
         first = next(iter(views.values()))
-        self.outcome.predicted_prefill_s[row] = first.total_prefill_s
         place = None
         if len(pool.runs) > 1:
             started_ns = time.perf_counter_ns()

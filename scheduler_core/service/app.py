@@ -1,22 +1,27 @@
 """The control plane as a FastAPI application: routes, the errors' one shape, and its OpenAPI document."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 from anyio import to_thread
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 import kairos
-from kairos.scheduler_core.config import Settings, StoreSettings, is_loopback
-from kairos.scheduler_core.errors import ConfigError, KairosError
+from kairos.scheduler_core.config import Settings, StoreSettings
+from kairos.scheduler_core.errors import KairosError
+from kairos.scheduler_core.service.access import Access, Keys
+from kairos.scheduler_core.service.bodies import Limits
 from kairos.scheduler_core.service.openapi import openapi_of
-from kairos.scheduler_core.service.problems import on_bug, on_http_error, on_kairos_error
+from kairos.scheduler_core.service.plane import Database, Part, Plane
+from kairos.scheduler_core.service.problems import on_bug, on_http_error, on_kairos_error, on_unfit_request
 from kairos.scheduler_core.service.routes.overview import overview_router
 from kairos.scheduler_core.service.routes.schedule import schedule_route
 from kairos.scheduler_core.service.routes.telemetry import telemetry_routes
 from kairos.scheduler_core.service.schedule import Scheduler
+from kairos.scheduler_core.service.store.changes import Changes
 from kairos.scheduler_core.service.store.revisions import require_served
 from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.writer import Writer
@@ -31,14 +36,17 @@ def create_app(settings: Settings) -> FastAPI:
     """
     strategies = {name: choice.as_strategy(name).check() for name, choice in settings.strategies.items()}
     scheduler = Scheduler(settings, strategies)
-    store, writer = _opened(settings.store)
+    plane = Plane(settings, scheduler, _opened(settings.store))
+    keys = Keys(settings.access, plane.database.store if plane.database else None)
+    if plane.database:
+        plane.database.changes.watch("keys", keys.look)
+    parts = _parts(plane)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await to_thread.run_sync(_start, plane, parts)
         yield
-        if store and writer:
-            await to_thread.run_sync(writer.drain)
-            store.close()
+        await to_thread.run_sync(_stop, plane, parts)
 
     app = FastAPI(
         title="Kairos",
@@ -47,37 +55,56 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.router.routes.append(schedule_route(scheduler.schedule, settings.service.max_body_bytes))
-    if writer:
-        app.router.routes.extend(telemetry_routes(writer, settings.service.max_body_bytes))
-    app.include_router(overview_router(scheduler, store), tags=["overview"])
+    database = plane.database
+    if database:
+        app.router.routes.extend(telemetry_routes(database.writer, settings.service.max_body_bytes))
+    app.include_router(overview_router(plane), tags=["overview"])
+    for part in parts:
+        app.router.routes.extend(part.routes())
     app.add_exception_handler(KairosError, on_kairos_error)
     app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(RequestValidationError, on_unfit_request)
     app.add_exception_handler(Exception, on_bug)
+    app.add_middleware(Limits, most_bytes=settings.service.max_body_bytes, most_s=settings.service.client_timeout_s)
+    app.add_middleware(Access, keys=keys, metrics=plane.metrics)  # the last one is the first to see a request
+    app.state.keys = keys
     document: dict[str, Any] = {}
 
     def openapi() -> dict[str, Any]:
         if not document:
-            document.update(openapi_of(app, telemetry=writer is not None))
+            document.update(openapi_of(app, telemetry=database is not None))
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend the document
     return app
 
 
-def _opened(settings: StoreSettings | None) -> tuple[Store, Writer] | tuple[None, None]:
-    """The database of the configuration, in the form that this Kairos needs, and who writes into it."""
+def _parts(plane: Plane) -> list[Part]:
+    """Everything beside `/schedule` and telemetry, in the order in which it starts."""
+    return []
+
+
+def _start(plane: Plane, parts: Sequence[Part]) -> None:
+    for part in parts:
+        part.start()
+    if plane.database:
+        plane.database.changes.start()
+
+
+def _stop(plane: Plane, parts: Sequence[Part]) -> None:
+    if plane.database:
+        plane.database.changes.stop()
+    for part in reversed(parts):
+        part.stop()
+    if plane.database:
+        plane.database.writer.drain()
+        plane.database.store.close()
+
+
+def _opened(settings: StoreSettings | None) -> Database | None:
+    """The database of the configuration, in the form that this Kairos needs."""
     if settings is None:
-        return None, None
+        return None
     store = Store(settings.url.get_secret_value())
     require_served(store)
-    return store, Writer(store, settings.queued_rows)
-
-
-def require_loopback(host: str) -> None:
-    """Pass an address that only this machine can reach.
-
-    Raises:
-        ConfigError: others can, and there are no keys to tell them apart.
-    """
-    if not is_loopback(host):
-        raise ConfigError(f"host '{host}' is open to other machines, and the service has no keys yet; use 127.0.0.1")
+    return Database(store, Writer(store, settings.queued_rows), Changes(store))

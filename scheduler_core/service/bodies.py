@@ -1,5 +1,6 @@
-"""Reading the bodies of the routes that are plain ASGI: what the headers promise, and the bytes up to a limit."""
+"""Bodies of requests: the limits of every route, and how the routes that are plain ASGI read them."""
 
+import asyncio
 import gzip
 import io
 import zlib
@@ -7,10 +8,11 @@ from collections.abc import Sequence
 
 import msgspec
 from starlette.datastructures import Headers
-from starlette.types import Receive
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from kairos.scheduler_core.errors import InputError, TooLargeError
-from kairos.scheduler_core.service.problems import problem_of
+from kairos.scheduler_core.service.problems import problem_of, problem_response
 from kairos.scheduler_core.service.schemas import Problem
 
 UNDECODABLE = (msgspec.DecodeError, UnicodeError, RecursionError)
@@ -77,3 +79,48 @@ def unzipped(body: bytes, most_bytes: int) -> bytes:
 
 def _too_large(most_bytes: int) -> TooLargeError:
     return TooLargeError(f"the body is longer than {most_bytes} bytes; send less, or raise service.max_body_bytes")
+
+
+class Limits:
+    """The ASGI middleware that keeps every body below a length and a time."""
+
+    def __init__(self, app: ASGIApp, most_bytes: int, most_s: float) -> None:
+        self._app, self._most_bytes, self._most_s = app, most_bytes, most_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand the request on with a body that ends in 413 or 408 where it goes over a limit."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if length.isdigit() and int(length[:18]) > self._most_bytes:
+            problem = problem_of(413, str(_too_large(self._most_bytes)))
+            await problem_response(problem, _CLOSE)(scope, receive, send)
+            return
+        await self._app(scope, self._limited(receive), send)
+
+    def _limited(self, receive: Receive) -> Receive:
+        due_s = asyncio.get_running_loop().time() + self._most_s
+        size, whole = 0, False
+
+        async def limited() -> Message:
+            nonlocal size, whole
+            if whole:  # what comes now is the client's leaving
+                return await receive()
+            try:
+                async with asyncio.timeout_at(due_s):
+                    message = await receive()
+            except TimeoutError:
+                slow = f"the body did not come within {self._most_s:g} s (service.client_timeout_s); send it again"
+                raise HTTPException(408, slow, _CLOSE) from None
+            size += len(message.get("body", b""))
+            if size > self._most_bytes:
+                raise HTTPException(413, str(_too_large(self._most_bytes)), _CLOSE)
+            whole = not message.get("more_body", False)
+            return message
+
+        return limited
+
+
+_CLOSE = {"connection": "close"}
+"""What is left of such a body is not read."""

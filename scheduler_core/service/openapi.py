@@ -8,6 +8,7 @@ import msgspec
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from kairos.scheduler_core.service.access import rule_for
 from kairos.scheduler_core.service.problems import PROBLEM_TYPE, problem_of
 from kairos.scheduler_core.service.schemas import (
     Answer,
@@ -56,7 +57,25 @@ def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
         for told in (StepsBody, StepRow, RequestsBody, RequestRow, TelemetryAnswer):
             del components[told.__name__]
     document["components"]["schemas"].update(components)
+    _complete(document, problem)
     return document
+
+
+def _complete(document: dict[str, Any], problem: Any) -> None:
+    """Say of every operation what the service does for all of them: keys, limits, the shape of errors."""
+    document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            answers = operation["responses"]
+            if "HTTPValidationError" in str(answers.get("422")):
+                answers |= _problems(_UNFIT, problem)
+            if "requestBody" in operation:
+                answers |= _problems(_BODY_PROBLEMS, problem) | answers
+            if rule_for(method.upper(), path).role:
+                operation["security"] = [{"key": []}, {}]
+                answers |= _problems(_KEY_PROBLEMS, problem)
+    for replaced in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(replaced, None)
 
 
 def _telemetry(name: str, body: Any, row: Any, stored: Any, problem: Any) -> dict[str, Any]:
@@ -93,6 +112,25 @@ def _problems(problems: dict[str, Problem], schema: Any) -> dict[str, Any]:
 
 
 _NO_JSON = {"The body is no JSON.": problem_of(400, "the body is no valid JSON: Input data was truncated")}
+_UNFIT = {
+    "A field does not fit; `errors` has its path.": problem_of(
+        422, "count: input should be greater than 0", [FieldProblem("count", "input should be greater than 0")]
+    )
+}
+_BODY_PROBLEMS = _NO_JSON | {
+    "The body took too long to come.": problem_of(
+        408, "the body did not come within 30 s (service.client_timeout_s); send it again"
+    ),
+    "More bytes than the limit allows.": problem_of(
+        413, "the body is longer than 67108864 bytes; send less, or raise service.max_body_bytes"
+    ),
+}
+_KEY_PROBLEMS = {
+    "The service has keys, and none of them came along.": problem_of(
+        401, "this service needs a key: send the header 'Authorization: Bearer KEY'"
+    ),
+    "The key's role may not do this.": problem_of(403, "the key 'gateway-1' has the role read; this needs schedule"),
+}
 _SCHEDULE_PROBLEMS = _NO_JSON | {
     "No such strategy or policy.": problem_of(
         404, "unknown strategy 'kairo'. Did you mean 'kairos'? Installed: engine-default, kairos, paper, tuned"

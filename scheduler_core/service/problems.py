@@ -5,8 +5,10 @@ import math
 import re
 from collections.abc import Sequence
 from http import HTTPStatus
+from typing import Any
 
 import msgspec
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -39,14 +41,37 @@ async def on_kairos_error(request: Request, error: Exception) -> Response:
     fields = error.problems if isinstance(error, FieldsError) else []
     told = [FieldProblem(path, message) for path, message in fields]
     headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, BusyError) else None
-    return problem_response(problem_of(error.http_status, str(error), told), headers)
+    problem = problem_of(error.http_status, str(error), told)
+    return problem_response(msgspec.structs.replace(problem, type=error.problem_type), headers)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses: unknown route, wrong method."""
     assert isinstance(error, HTTPException)
-    detail = f"{request.method} {request.url.path}: {error.detail.lower()}; /openapi.json names every route"
+    detail = error.detail
+    if error.status_code in (404, 405):
+        detail = f"{request.method} {request.url.path}: {error.detail.lower()}; /openapi.json names every route"
     return problem_response(problem_of(error.status_code, detail), dict(error.headers or {}))
+
+
+async def on_unfit_request(request: Request, error: Exception) -> Response:
+    """What pydantic refuses: a body that is no JSON (400), or fields that do not fit (422)."""
+    assert isinstance(error, RequestValidationError)
+    told = error.errors()
+    if broken := next((problem for problem in told if problem["type"] == "json_invalid"), None):
+        return problem_response(problem_of(400, f"the body is no valid JSON: {broken['ctx']['error']}"))
+    return problem_response(_unfit([FieldProblem(_path(problem["loc"]), problem["msg"]) for problem in told]))
+
+
+def _path(loc: Sequence[int | str]) -> str:
+    """Where a field is, without saying of what (a body, a query, a path)."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[1:]).lstrip(".")
+
+
+def problem_responses(**meanings: str) -> dict[int | str, dict[str, Any]]:
+    """What may go wrong at a FastAPI route, for its `responses`: `s404="There is no such model."`."""
+    content = {PROBLEM_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {int(name[1:]): {"description": meaning, "content": content} for name, meaning in meanings.items()}
 
 
 async def on_bug(request: Request, error: Exception) -> Response:

@@ -38,6 +38,8 @@ class Scheduler:
     def __init__(self, settings: Settings, strategies: Mapping[str, Strategy]) -> None:
         self.settings = settings
         self.strategies = strategies
+        """By name. This, `active` and `profiles` are replaced whole while the service runs, never changed."""
+        self.active = settings.active
         self.profiles = Profiles(settings)
         self._targets = {
             name: (slo_class.ttft_s or NO_TARGET_S, slo_class.tpot_s or NO_TARGET_S)
@@ -67,7 +69,7 @@ class Scheduler:
         Raises:
             UnknownNameError, ConfigError: there is none, or it takes other parameters.
         """
-        name = text or self.settings.active
+        name = text or self.active
         known = self.strategies.get(name)
         if known is not None:
             return known

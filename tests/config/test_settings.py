@@ -73,6 +73,7 @@ def test_profiles_and_a_fleet_are_enough_and_the_rest_has_defaults(tmp_path: Pat
         "port": 8011,
         "max_requests": 20_000,
         "max_body_bytes": 67_108_864,
+        "client_timeout_s": 30.0,
     }
 
 
@@ -154,7 +155,7 @@ def test_live_workers_have_an_address_and_an_engine(tmp_path: Path) -> None:
         (
             "fleet:",
             "guads: {}\nfleet:",
-            "guads: unknown setting. Did you mean 'guards'? Known: active, fleet, gateway, guards",
+            "guads: unknown setting. Did you mean 'guards'? Known: access, active, fleet",
         ),
         (
             "a_s: 0.01",

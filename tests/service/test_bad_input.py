@@ -12,7 +12,8 @@ from service.snapshots import call, decode, prefill, refused, settings_of, snaps
 
 from kairos.scheduler_core import errors
 from kairos.scheduler_core.errors import BusyError, ConfigError, FieldsError, KairosError, UnknownNameError
-from kairos.scheduler_core.service.app import create_app, require_loopback
+from kairos.scheduler_core.service.access import require_loopback
+from kairos.scheduler_core.service.app import create_app
 from kairos.scheduler_core.service.problems import on_kairos_error
 
 

@@ -33,7 +33,7 @@ def test_the_route_is_described_with_its_bodies_and_problems() -> None:
         "$ref": "#/components/schemas/Snapshot"
     }
     assert answers["200"]["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Answer"}
-    assert sorted(answers) == ["200", "400", "404", "413", "415", "422"]
+    assert sorted(answers) == ["200", "400", "401", "403", "404", "408", "413", "415", "422"]
     assert all("application/problem+json" in answers[status]["content"] for status in answers if status != "200")
 
 

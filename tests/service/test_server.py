@@ -75,7 +75,8 @@ def test_an_address_that_others_reach_is_refused_with_exit_code_2() -> None:
 
     assert ended.returncode == 2
     assert ended.stderr == (
-        "kairos: host '0.0.0.0' is open to other machines, and the service has no keys yet; use 127.0.0.1\n"
+        "kairos: host '0.0.0.0' is open to other machines, and the service has no keys; "
+        "use 127.0.0.1, or make a key with kairos keys add\n"
     )
 
 

@@ -10,7 +10,7 @@ from command_line import kairos
 from sqlalchemy import select
 
 from kairos.adapters.telemetry_files import read_telemetry
-from kairos.scheduler_core.service.store.queries import read_steps
+from kairos.scheduler_core.service.store.queries.telemetry import read_steps
 from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.tables import Recording, Request
 

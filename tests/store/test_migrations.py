@@ -96,7 +96,9 @@ def test_an_embedded_database_upgrades_itself_and_others_are_refused_with_what_t
         revisions.require_served(empty)
         assert revisions.current(empty) == revisions.head()
     else:
-        with pytest.raises(StoreError, match=r"at revision none, this Kairos needs 0001; run kairos db upgrade"):
+        with pytest.raises(
+            StoreError, match=rf"at revision none, this Kairos needs {revisions.head()}; run kairos db upgrade"
+        ):
             revisions.require_served(empty)
         assert tables(empty) == set()
 
@@ -154,16 +156,17 @@ def test_a_new_revision_is_made_from_the_template(tmp_path: Path) -> None:
 
 
 def test_the_commands_upgrade_say_where_the_database_is_and_repeat(url: str) -> None:
+    head = revisions.head()
     before = kairos("db", "current", "--url", url)
     first = kairos("db", "upgrade", "--url", url)
     again = kairos("db", "upgrade", "--url", url)
     after = kairos("db", "current", "--url", url, "--json")
 
     assert (before.code, first.code, again.code, after.code) == (0, 0, 0, 0)
-    assert "empty, this Kairos needs 0001" in before.stdout
-    assert first.stdout.endswith("empty -> 0001\n")
-    assert again.stdout.endswith("0001 -> 0001\n")
-    assert '"current": "0001", "head": "0001"' in after.stdout
+    assert f"empty, this Kairos needs {head}" in before.stdout
+    assert first.stdout.endswith(f"empty -> {head}\n")
+    assert again.stdout.endswith(f"{head} -> {head}\n")
+    assert f'"current": "{head}", "head": "{head}"' in after.stdout
 
 
 @pytest.mark.parametrize(

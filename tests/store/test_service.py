@@ -20,6 +20,7 @@ from store.rows import decode_step, request
 from kairos.scheduler_core.config import load_settings
 from kairos.scheduler_core.errors import ConfigError
 from kairos.scheduler_core.service.app import create_app
+from kairos.scheduler_core.service.store.revisions import head
 from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.tables import Step
 
@@ -51,7 +52,7 @@ def test_a_shared_database_that_nobody_upgraded_ends_the_service_with_what_to_ru
     ended = subprocess.run(SERVE, capture_output=True, text=True, env={"KAIROS_STORE__URL": url}, timeout=60)
 
     assert ended.returncode == 1
-    assert "at revision none, this Kairos needs 0001; run kairos db upgrade" in ended.stderr
+    assert f"at revision none, this Kairos needs {head()}; run kairos db upgrade" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
@@ -83,7 +84,9 @@ DOCUMENT: dict[str, Any] = call(APP, "GET", "/openapi.json").json()
 def test_the_routes_are_described_with_their_bodies_and_problems(name: str) -> None:
     operation = DOCUMENT["paths"][f"/telemetry/{name}"]["post"]
 
-    assert sorted(operation["responses"]) == ["200", "400", "409", "413", "415", "422", "429", "503"]
+    assert sorted(operation["responses"]) == [
+        *("200", "400", "401", "403", "408", "409", "413", "415", "422", "429", "503")
+    ]
     assert operation["responses"]["200"]["content"]["application/json"]["schema"] == {
         "$ref": "#/components/schemas/TelemetryAnswer"
     }

@@ -20,8 +20,8 @@ from store.rows import decode_step, request_row, step_row
 
 from kairos.scheduler_core.errors import BusyError, StoreError, UnknownNameError
 from kairos.scheduler_core.service.app import create_app
-from kairos.scheduler_core.service.store import queries
-from kairos.scheduler_core.service.store.queries import RequestBatch, StepBatch, Stored, add_batch, read_steps
+from kairos.scheduler_core.service.store.queries import models, strategies, telemetry
+from kairos.scheduler_core.service.store.queries.telemetry import RequestBatch, StepBatch, Stored, add_batch, read_steps
 from kairos.scheduler_core.service.store.revisions import upgrade
 from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.tables import Batch, Request, Step
@@ -49,7 +49,7 @@ def count(store: Store, table: type[Step] | type[Batch] = Step) -> int:
 INGEST = """
 import sys
 from store.rows import step_row
-from kairos.scheduler_core.service.store.queries import StepBatch
+from kairos.scheduler_core.service.store.queries.telemetry import StepBatch
 from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.writer import Writer
 
@@ -225,7 +225,7 @@ def test_reading_goes_by_pages_and_gives_all_in_the_order_they_came(
     rows = [step_row(latency_ms=float(n + 1), run=f"r{n % 3}") for n in range(250)]
     add(store, steps("a", *rows[:100]), steps("b", *rows[100:]))
     whole, last = read_steps(store)
-    monkeypatch.setattr(queries, "PAGE_ROWS", 7)
+    monkeypatch.setattr(telemetry, "PAGE_ROWS", 7)
     paged, _ = read_steps(store)
 
     assert whole[0].step_s.tolist() == paged[0].step_s.tolist() == [(n + 1.0) / 1e3 for n in range(250)]
@@ -290,7 +290,7 @@ def test_what_sqlite_forgot_is_in_no_byte_of_its_files(tmp_path: Path) -> None:
     rows = [request_row(tenant=f"marker-{n}", request_id=f"marker-{n}") for n in range(500)]
     add(store, RequestBatch("b", b"0" * 16, rows))
     before = b"marker-77" in b"".join(path.read_bytes() for path in tmp_path.iterdir())
-    queries.forget(store, everyone=True)
+    telemetry.forget(store, everyone=True)
 
     assert before
     assert b"marker-" not in b"".join(path.read_bytes() for path in tmp_path.iterdir())
@@ -301,14 +301,14 @@ def test_what_sqlite_forgot_is_in_no_byte_of_its_files(tmp_path: Path) -> None:
 
 def test_a_model_serves_once_promoted_and_a_rollback_is_one_more_promotion(store: Store) -> None:
     with store.write() as connection:
-        versions = [queries.add_model(connection, "p", "hash", 7, content) for content in (b"one", b"two")]
-        queries.add_model(connection, "q", "hash", 7, b"other")
-        nobody = queries.serving_models(connection)
-        generations = [queries.promote_model(connection, "p", version, "test") for version in (1, 2, 1)]
-        queries.promote_model(connection, "q", 1, "test")
+        versions = [models.add_model(connection, "p", "hash", 7, content) for content in (b"one", b"two")]
+        models.add_model(connection, "q", "hash", 7, b"other")
+        nobody = models.serving_models(connection)
+        generations = [models.promote_model(connection, "p", version, "test") for version in (1, 2, 1)]
+        models.promote_model(connection, "q", 1, "test")
     with store.read() as connection:
-        serving = queries.serving_models(connection)
-        content = queries.model_artifact(connection, "p", serving["p"].version)
+        serving = models.serving_models(connection)
+        content = models.model_artifact(connection, "p", serving["p"].version)
 
     assert (versions, nobody, generations) == ([1, 2], {}, [1, 2, 3])
     assert {name: (m.version, m.generation) for name, m in serving.items()} == {"p": (1, 3), "q": (1, 4)}
@@ -317,12 +317,12 @@ def test_a_model_serves_once_promoted_and_a_rollback_is_one_more_promotion(store
 
 def test_a_strategy_is_versioned_and_the_last_activation_holds(store: Store) -> None:
     with store.write() as connection:
-        nothing = queries.active_strategy(connection)
+        nothing = strategies.active_strategy(connection)
         for h in (0.8, 0.9):
-            queries.add_strategy(connection, "mine", {"decode": {"name": "slack", "h": h}})
-        generations = [queries.activate_strategy(connection, "mine", version) for version in (1, 2, 1)]
+            strategies.add_strategy(connection, "mine", {"decode": {"name": "slack", "h": h}})
+        generations = [strategies.activate_strategy(connection, "mine", version) for version in (1, 2, 1)]
     with store.read() as connection:
-        active = queries.active_strategy(connection)
+        active = strategies.active_strategy(connection)
 
     assert (nothing, generations) == (None, [1, 2, 3])
     assert active == ("mine", 1, 3, {"decode": {"name": "slack", "h": 0.8}})
@@ -330,13 +330,13 @@ def test_a_strategy_is_versioned_and_the_last_activation_holds(store: Store) -> 
 
 def test_generations_rise_one_by_one_when_replicas_activate_at_once(store: Store, url: str) -> None:
     with store.write() as connection:
-        queries.add_strategy(connection, "mine", {})
+        strategies.add_strategy(connection, "mine", {})
     seen: list[int] = []
 
     def activate(replica: Store) -> None:
         for _ in range(10):
             with replica.write() as connection:
-                generation = queries.activate_strategy(connection, "mine", 1)
+                generation = strategies.activate_strategy(connection, "mine", 1)
             seen.append(generation)
 
     replicas = [Store(url), Store(url)]
@@ -352,12 +352,12 @@ def test_generations_rise_one_by_one_when_replicas_activate_at_once(store: Store
 
 def test_a_version_that_is_not_there_is_named_with_those_that_are(store: Store) -> None:
     with store.write() as connection:
-        queries.add_strategy(connection, "mine", {})
+        strategies.add_strategy(connection, "mine", {})
 
         with pytest.raises(UnknownNameError, match=r"unknown strategy version 'mine 3'.*Installed: mine 1"):
-            queries.activate_strategy(connection, "mine", 3)
+            strategies.activate_strategy(connection, "mine", 3)
         with pytest.raises(UnknownNameError, match="unknown model version 'p 1'"):
-            queries.promote_model(connection, "p", 1, "test")
+            models.promote_model(connection, "p", 1, "test")
 
 
 # -- size ------------------------------------------------------------------------------------------------------------

@@ -4,10 +4,7 @@ Times are seconds on the fleet's one clock, handed in; nothing here reads a cloc
 arm B.
 """
 
-import hashlib
-import hmac
 import math
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from typing import Literal
 
@@ -15,6 +12,7 @@ import msgspec
 import numpy as np
 
 from kairos.scheduler_core.errors import InputError
+from kairos.scheduler_core.experiment import Schedule, Slot, drawn
 from kairos.scheduler_core.slo import BoolArray, FloatArray
 
 Design = Literal["switchback", "pools", "sticky"]
@@ -142,57 +140,12 @@ def lengths_for(drain_s: float, ttft_target_s: float, latency_p999_s: float) -> 
 
 def coin(plan: Plan, pair: int) -> int:
     """+1: the first block (pool 1) of this pair runs the challenger; -1: the second. Depends on nothing else."""
-    return 1 if _uniform(plan.id, plan.seed, f"pair {pair}") < 0.5 else -1
+    return 1 if drawn(plan.id, plan.seed, f"pair {pair}") < 0.5 else -1
 
 
 def coins(plan: Plan, pairs: Iterable[int]) -> str:
     """The coins of these pairs, as `+` and `-`."""
     return "".join("+" if coin(plan, pair) > 0 else "-" for pair in pairs)
-
-
-def _uniform(experiment_id: str, seed: int, what: str) -> float:
-    """A fixed number in [0, 1) for each experiment, seed and name: the same after a restart and on every replica."""
-    digest = hashlib.sha256(f"{experiment_id}/{seed}/{what}".encode()).digest()
-    return int.from_bytes(digest[:7], "big") / 2.0**56
-
-
-class Slot(msgspec.Struct, frozen=True):
-    """A stretch of time and what runs in it."""
-
-    start_s: float
-    end_s: float
-    arms: str
-    """Of the fleet (`A`), or of pool 1 and pool 2 (`AB`); empty for `sticky`, where each session has its own."""
-    share: float
-    """The stage's."""
-    pair: int | None
-    """Which pair it belongs to; None: it counts for none."""
-
-
-class Schedule(msgspec.Struct, frozen=True):
-    """What runs when, pre-drawn: a data plane needs nothing else to know its arm."""
-
-    experiment_id: str
-    seed: int
-    champion: str
-    challenger: str
-    generation: int
-    slots: tuple[Slot, ...]
-
-    def strategy_at(self, now_s: float, pool: int = 0) -> str:
-        """What runs in a pool (0 or 1; 0 for a whole fleet) at this time; outside all slots the champion."""
-        slot = self._slot_at(now_s)
-        return self.challenger if slot and slot.arms[pool] == "B" else self.champion
-
-    def strategy_of(self, session_id: str, now_s: float) -> str:
-        """`sticky`: what serves a session that begins now, for its life; outside all slots the champion."""
-        slot = self._slot_at(now_s)
-        drawn = _uniform(self.experiment_id, self.seed, f"session {session_id}")
-        return self.challenger if slot and drawn < slot.share else self.champion
-
-    def _slot_at(self, now_s: float) -> Slot | None:
-        latest = bisect_right(self.slots, now_s, key=lambda slot: slot.start_s) - 1
-        return self.slots[latest] if latest >= 0 and now_s < self.slots[latest].end_s else None
 
 
 def draw_schedule(plan: Plan, generation: int, start_s: float, from_s: float) -> Schedule:
@@ -246,28 +199,6 @@ def _probe(plan: Plan) -> list[tuple[float, str]]:
     if plan.design == "sticky":
         return [(plan.lengths.block_s, "")]
     return [(PROBE_S, "B" if plan.design == "switchback" else "AB")]
-
-
-def sign(schedule: Schedule, key: bytes) -> bytes:
-    """The schedule as one line of text that cannot be changed without the key."""
-    body = msgspec.json.encode(schedule)
-    return _signature(body, key) + b"." + body
-
-
-def read_schedule(signed: bytes, key: bytes) -> Schedule:
-    """The schedule of a text that `sign` made.
-
-    Raises:
-        InputError: it was changed, or made with another key.
-    """
-    signature, _, body = signed.partition(b".")
-    if not hmac.compare_digest(signature, _signature(body, key)):
-        raise InputError("the schedule does not carry our signature; run the champion and fetch the schedule again")
-    return msgspec.json.decode(body, type=Schedule)
-
-
-def _signature(body: bytes, key: bytes) -> bytes:
-    return hmac.new(key, body, hashlib.sha256).hexdigest().encode()
 
 
 def counted(arrival_s: FloatArray, slot: Slot, lengths: Lengths) -> BoolArray:

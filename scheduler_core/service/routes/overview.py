@@ -1,15 +1,17 @@
-"""What the service is and has: liveness, readiness, strategies."""
+"""What the service is and has: liveness, readiness, metrics, strategies."""
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
-from kairos.scheduler_core.service.schedule import Scheduler
+from kairos.scheduler_core.service.plane import Plane
 from kairos.scheduler_core.service.schemas import Health, Readiness, Strategies, StrategyText
-from kairos.scheduler_core.service.store.session import Store
 
 
-def overview_router(scheduler: Scheduler, store: Store | None) -> APIRouter:
-    """The routes over one scheduler, and what it remembers."""
+def overview_router(plane: Plane) -> APIRouter:
+    """The routes over what all parts share."""
     router = APIRouter()
+    scheduler, store = plane.scheduler, plane.database.store if plane.database else None
 
     @router.get("/healthz")
     def healthz() -> Health:
@@ -24,11 +26,16 @@ def overview_router(scheduler: Scheduler, store: Store | None) -> APIRouter:
             database="none" if store is None else "ready" if store.is_there() else "away",
         )
 
+    @router.get("/metrics", response_class=PlainTextResponse)
+    def metrics() -> Response:
+        """Give every metric in Prometheus' text format."""
+        return Response(plane.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
     @router.get("/strategies")
     def strategies() -> Strategies:
         """List the strategies of the configuration; `/schedule` takes each by its name."""
         return Strategies(
-            active=scheduler.settings.active,
+            active=scheduler.active,
             strategies=[StrategyText(name=name, text=s.text) for name, s in scheduler.strategies.items()],
         )
 

@@ -34,7 +34,7 @@ from kairos.scheduler_core.service.schemas import (
     StepsBody,
     TelemetryAnswer,
 )
-from kairos.scheduler_core.service.store.queries import RequestBatch, StepBatch
+from kairos.scheduler_core.service.store.queries.telemetry import RequestBatch, StepBatch
 from kairos.scheduler_core.service.store.writer import Writer
 from kairos.scheduler_core.telemetry import RequestRow, StepRow, excluded_by
 

@@ -1,1 +1,1 @@
-"""What the control plane remembers, in SQLite or PostgreSQL: `session.py` opens, `queries.py` asks, `tables.py` is."""
+"""What the control plane remembers, in SQLite or PostgreSQL: `session.py` opens, `queries/` asks, `tables.py` is."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg
 from sqlalchemy import URL, Connection, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -76,6 +77,22 @@ class Store:
         except StoreError:
             return False
         return True
+
+    @contextmanager
+    def listening(self, channel: str) -> "Iterator[psycopg.Connection[Any]]":
+        """PostgreSQL: a connection of its own that hears what is notified on a channel.
+
+        Raises:
+            StoreError: the database is away.
+        """
+        with self._told():
+            address = self.engine.url.set(drivername="postgresql").render_as_string(hide_password=False)
+            connection = psycopg.connect(address, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S)
+        try:
+            connection.execute(f"LISTEN {channel}".encode())
+            yield connection
+        finally:
+            connection.close()
 
     def shrink_log(self) -> None:
         """SQLite: write its log into the file and empty it, so that what was overwritten is in neither."""

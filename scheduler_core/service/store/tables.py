@@ -147,6 +147,21 @@ class Request(Table):
     predicted_tpot_s: Mapped[float | None]
     ttft_s: Mapped[float | None]
     tpot_s: Mapped[float | None]
+    arrived_at_s: Mapped[float | None] = mapped_column(index=True)
+    """UTC epoch seconds."""
+    status: Mapped[int] = mapped_column(SmallInteger, server_default="0")
+    """Place in REQUEST_STATUSES."""
+    ttft_target_s: Mapped[float | None]
+    tpot_target_s: Mapped[float | None]
+    wait_s: Mapped[float | None]
+    """Arrival until its prefill began."""
+    strategy: Mapped[str | None] = mapped_column(String(128))
+    """What decided about it, as name@version."""
+    session: Mapped[str | None] = mapped_column(String(128))
+    """A salted hash."""
+    pool: Mapped[int | None] = mapped_column(SmallInteger)
+    prefill_instance: Mapped[str | None] = mapped_column(String(128))
+    decode_instance: Mapped[str | None] = mapped_column(String(128))
 
 
 class Model(Table):
@@ -164,6 +179,8 @@ class Model(Table):
     trained_at: Mapped[datetime] = mapped_column(UtcDate)
     last_step: Mapped[int] = mapped_column(Key)
     """Id of the last step it learned from: later ones may judge it."""
+    report: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    """How it was made and what the gate said of it."""
     artifact: Mapped[bytes] = mapped_column(LargeBinary)
 
 
@@ -202,3 +219,126 @@ class Activation(Table):
     generation: Mapped[int] = mapped_column(Key, primary_key=True, autoincrement=False)
     strategy: Mapped[int] = mapped_column(ForeignKey("strategies.id"))
     activated_at: Mapped[datetime] = mapped_column(UtcDate)
+
+
+class Event(Table):
+    """Something an operator would want to know: a training that failed, a drift alarm, a promotion, a verdict."""
+
+    __tablename__ = "events"
+
+    id: Mapped[int] = mapped_column(Key, primary_key=True)
+    at: Mapped[datetime] = mapped_column(UtcDate, index=True)
+    kind: Mapped[str] = mapped_column(String(64))
+    subject: Mapped[str] = mapped_column(String(1600))
+    """Which profile, model, strategy, experiment or instance."""
+    detail: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class Lease(Table):
+    """Work that one replica does for all: who does it, and until when nobody else may."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(64))
+    until_s: Mapped[float]
+    """UTC epoch seconds of the database's clock."""
+
+
+class Decision(Table):
+    """A decision about one request, as it was made: what waited, what was predicted, what was chosen and why."""
+
+    __tablename__ = "decisions"
+
+    id: Mapped[int] = mapped_column(Key, primary_key=True)
+    decided_at: Mapped[datetime] = mapped_column(UtcDate, index=True)
+    request_id: Mapped[str | None] = mapped_column(String(256), index=True)
+    """Null: forgotten."""
+    tenant: Mapped[str | None] = mapped_column(String(256), index=True)
+    decision_id: Mapped[str] = mapped_column(String(64))
+    kept_for: Mapped[str] = mapped_column(String(16))
+    """Why it was recorded: sampled, missed, rejected, guarded, failed, long_wait."""
+    body: Mapped[bytes] = mapped_column(LargeBinary(2048))
+    """MessagePack."""
+
+
+class Instance(Table):
+    """An engine of the live fleet that was announced by REST."""
+
+    __tablename__ = "instances"
+
+    instance_id: Mapped[str] = mapped_column(String(256), primary_key=True)
+    body: Mapped[dict[str, Any]] = mapped_column(JSON)
+    """Role, profile, capacities, address."""
+    state: Mapped[str] = mapped_column(String(16))
+    """new, active, draining, gone."""
+    changed_at: Mapped[datetime] = mapped_column(UtcDate)
+
+
+class Reservation(Table):
+    """A request of the managed form: load on its instances from its announcement until its end, or its expiry."""
+
+    __tablename__ = "reservations"
+
+    id: Mapped[int] = mapped_column(Key, primary_key=True)
+    request_id: Mapped[str] = mapped_column(String(256), unique=True)
+    tenant: Mapped[str | None] = mapped_column(String(256), index=True)
+    state: Mapped[str] = mapped_column(String(16))
+    expires_at_s: Mapped[float] = mapped_column(index=True)
+    """UTC epoch seconds."""
+    body: Mapped[dict[str, Any]] = mapped_column(JSON)
+    """The request as announced, what was decided, and what was reported of it."""
+
+
+class ApiKey(Table):
+    """A bearer key: its digest, what its holder may do, and for whom."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    name: Mapped[str] = mapped_column(String(128), unique=True)
+    digest: Mapped[bytes] = mapped_column(LargeBinary(32), unique=True)
+    role: Mapped[str] = mapped_column(String(16))
+    """read, schedule or operate."""
+    tenant: Mapped[str | None] = mapped_column(String(256))
+    created_at: Mapped[datetime] = mapped_column(UtcDate)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDate)
+
+
+class Experiment(Table):
+    """A live experiment: everything fixed before the first coin, and the record it ended in."""
+
+    __tablename__ = "experiments"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    plan: Mapped[dict[str, Any]] = mapped_column(JSON)
+    state: Mapped[str] = mapped_column(String(16))
+    """running or ended."""
+    started_at_s: Mapped[float]
+    """UTC epoch seconds: the beginning of its first slot."""
+    generation: Mapped[int] = mapped_column(Key)
+    """Of the active strategy at its start; after its end, of the champion put back."""
+    ended_at: Mapped[datetime | None] = mapped_column(UtcDate)
+    record: Mapped[dict[str, Any] | None] = mapped_column(JSON)
+    """Null while it runs: it is made from the pairs then."""
+
+
+class ExperimentPair(Table):
+    """What one coin of an experiment decided about; written once its blocks are closed, never changed."""
+
+    __tablename__ = "experiment_pairs"
+
+    experiment: Mapped[str] = mapped_column(ForeignKey("experiments.id"), primary_key=True)
+    i: Mapped[int] = mapped_column(Integer, primary_key=True)
+    observed: Mapped[dict[str, Any]] = mapped_column(JSON)
+
+
+class ExperimentReport(Table):
+    """What one data plane did in one slot of an experiment; the latest report of a slot holds."""
+
+    __tablename__ = "experiment_reports"
+
+    experiment: Mapped[str] = mapped_column(ForeignKey("experiments.id"), primary_key=True)
+    data_plane: Mapped[str] = mapped_column(String(256), primary_key=True)
+    slot_start_s: Mapped[float] = mapped_column(primary_key=True)
+    body: Mapped[dict[str, Any]] = mapped_column(JSON)

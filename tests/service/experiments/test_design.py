@@ -8,11 +8,11 @@ import pytest
 from service.experiments.made_experiments import plan
 
 from kairos.scheduler_core.errors import InputError
+from kairos.scheduler_core.experiment import Slot, read_schedule, sign
 from kairos.scheduler_core.service.experiments.design import (
     RAMP_UP,
     Design,
     Lengths,
-    Slot,
     Stage,
     closed_pairs,
     coin,
@@ -21,8 +21,6 @@ from kairos.scheduler_core.service.experiments.design import (
     drain_p90_s,
     draw_schedule,
     lengths_for,
-    read_schedule,
-    sign,
 )
 
 HOUR_S = 3600.0

@@ -1,4 +1,4 @@
-"""What is asked of the database, one function a question, in the transaction of the connection that it is given."""
+"""Telemetry: batches in, steps out for training, ids forgotten."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,26 +6,21 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, func, insert, or_, select, text, update
+from sqlalchemy import ColumnElement, Connection, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.orm import InstrumentedAttribute
 
 from kairos.scheduler_core.domain import Profile
-from kairos.scheduler_core.errors import ConflictError, UnknownNameError
+from kairos.scheduler_core.errors import ConflictError
 from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.tables import (
-    Activation,
     Batch,
-    Model,
-    Promotion,
     Recording,
     Request,
     Step,
-    Strategy,
     Table,
 )
 from kairos.scheduler_core.slo import FloatArray
-from kairos.scheduler_core.telemetry import PHASES, STEP_KINDS, RequestRow, StepKind, StepRow, Steps
+from kairos.scheduler_core.telemetry import PHASES, REQUEST_STATUSES, STEP_KINDS, RequestRow, StepKind, StepRow, Steps
 
 PAGE_ROWS = 10_000
 """Rows read or changed in one transaction, so that none is long."""
@@ -42,6 +37,15 @@ class StepBatch:
     """16 bytes over what was sent."""
     rows: Sequence[StepRow]
 
+    @property
+    def row_count(self) -> int:
+        """How many rows."""
+        return len(self.rows)
+
+    def write(self, connection: Connection) -> "Stored":
+        """As `add_batch`."""
+        return add_batch(connection, self)
+
 
 @dataclass(frozen=True, slots=True)
 class RequestBatch:
@@ -50,6 +54,15 @@ class RequestBatch:
     batch_id: str
     digest: bytes
     rows: Sequence[RequestRow]
+
+    @property
+    def row_count(self) -> int:
+        """How many rows."""
+        return len(self.rows)
+
+    def write(self, connection: Connection) -> "Stored":
+        """As `add_batch`."""
+        return add_batch(connection, self)
 
 
 class Stored(NamedTuple):
@@ -152,7 +165,10 @@ _REQUEST_COLUMNS = (
     *("batch", "recording", "request_id", "tenant", "slo_class", "input_tokens", "output_tokens", "prefix_hit_ratio"),
     *("kv_cache_usage", "requests_running", "requests_waiting", "prefill_tokens_in_flight"),
     *("decode_tokens_in_flight", "model_version", "predicted_ttft_s", "predicted_tpot_s", "ttft_s", "tpot_s"),
+    *("arrived_at_s", "status", "ttft_target_s", "tpot_target_s", "wait_s", "strategy", "session", "pool"),
+    *("prefill_instance", "decode_instance"),
 )
+_STATUS_PLACE = {status: place for place, status in enumerate(REQUEST_STATUSES)}
 
 
 def _request_values(batch: int, recordings: dict[RecordingKey, int], row: RequestRow) -> tuple[Any, ...]:
@@ -175,6 +191,16 @@ def _request_values(batch: int, recordings: dict[RecordingKey, int], row: Reques
         _seconds(row.predicted_tpot_ms),
         _seconds(row.ttft_ms),
         _seconds(row.tpot_ms),
+        row.arrived_at_s,
+        _STATUS_PLACE[row.status],
+        _seconds(row.ttft_target_ms),
+        _seconds(row.tpot_target_ms),
+        _seconds(row.wait_ms),
+        row.strategy or None,
+        row.session or None,
+        row.pool,
+        row.prefill_instance or None,
+        row.decode_instance or None,
     )
 
 
@@ -272,128 +298,3 @@ def forget(store: Store, *, tenants: Sequence[str] = (), requests: Sequence[str]
         if not changed:
             store.shrink_log()
             return total
-
-
-# -- models ----------------------------------------------------------------------------------------------------------
-
-
-class ServingModel(NamedTuple):
-    """The model that serves a profile."""
-
-    version: int
-    generation: int
-    """Of the promotion; of two, the higher one holds."""
-    schema_hash: str
-    trained_at: datetime
-
-
-def add_model(connection: Connection, profile_id: str, schema_hash: str, last_step: int, artifact: bytes) -> int:
-    """Keep a trained model; it serves once promoted. Its version within the profile."""
-    version = _next(connection, Model.version, Model.profile_id == profile_id)
-    values = {"schema_hash": schema_hash, "last_step": last_step, "artifact": artifact, "trained_at": datetime.now(UTC)}
-    connection.execute(insert(Model).values(profile_id=profile_id, version=version, **values))
-    return version
-
-
-def promote_model(connection: Connection, profile_id: str, version: int, reason: str) -> int:
-    """Let a version serve its profile, from now on; the generation. A rollback is the promotion of an older one.
-
-    Raises:
-        UnknownNameError: there is no such version.
-    """
-    model = _one_of(connection, "model", Model, Model.profile_id == profile_id, profile_id, version)
-    generation = _next(connection, Promotion.generation)
-    values = {"profile_id": profile_id, "model": model, "promoted_at": datetime.now(UTC), "reason": reason}
-    connection.execute(insert(Promotion).values(generation=generation, **values))
-    return generation
-
-
-def serving_models(connection: Connection) -> dict[str, ServingModel]:
-    """By profile id, the model that serves it."""
-    latest = select(func.max(Promotion.generation)).group_by(Promotion.profile_id)
-    found = connection.execute(
-        select(Promotion.profile_id, Model.version, Promotion.generation, Model.schema_hash, Model.trained_at)
-        .join(Model, Model.id == Promotion.model)
-        .where(Promotion.generation.in_(latest))
-    )
-    return {row[0]: ServingModel(*row[1:]) for row in found}
-
-
-def model_artifact(connection: Connection, profile_id: str, version: int) -> bytes:
-    """The bytes of a model, as `predictors.artifact` writes them.
-
-    Raises:
-        UnknownNameError: there is no such version.
-    """
-    model = _one_of(connection, "model", Model, Model.profile_id == profile_id, profile_id, version)
-    return connection.scalars(select(Model.artifact).where(Model.id == model)).one()
-
-
-# -- strategies ------------------------------------------------------------------------------------------------------
-
-
-class ActiveStrategy(NamedTuple):
-    """The strategy in use."""
-
-    name: str
-    version: int
-    generation: int
-    """Rises with every change; of two, the higher one holds."""
-    policies: dict[str, Any]
-
-
-def add_strategy(connection: Connection, name: str, policies: dict[str, Any]) -> int:
-    """Keep a version of a strategy, as the configuration writes it; it is used once activated. Its version."""
-    version = _next(connection, Strategy.version, Strategy.name == name)
-    connection.execute(
-        insert(Strategy).values(name=name, version=version, policies=policies, created_at=datetime.now(UTC))
-    )
-    return version
-
-
-def activate_strategy(connection: Connection, name: str, version: int) -> int:
-    """Use a version from now on; the generation. A rollback is the activation of an older one.
-
-    Raises:
-        UnknownNameError: there is no such version.
-    """
-    strategy = _one_of(connection, "strategy", Strategy, Strategy.name == name, name, version)
-    generation = _next(connection, Activation.generation)
-    connection.execute(
-        insert(Activation).values(generation=generation, strategy=strategy, activated_at=datetime.now(UTC))
-    )
-    return generation
-
-
-def active_strategy(connection: Connection) -> ActiveStrategy | None:
-    """The one of the highest generation; None: none was ever activated."""
-    row = connection.execute(
-        select(Strategy.name, Strategy.version, Activation.generation, Strategy.policies)
-        .join(Activation, Activation.strategy == Strategy.id)
-        .order_by(Activation.generation.desc())
-        .limit(1)
-    ).first()
-    return None if row is None else ActiveStrategy(*row)
-
-
-def _next(connection: Connection, column: InstrumentedAttribute[int], *where: ColumnElement[bool]) -> int:
-    """One above the highest number, which nobody else gets until this transaction ends."""
-    if connection.dialect.name == "postgresql":  # SQLite has the write lock
-        connection.execute(text(f"LOCK TABLE {column.class_.__tablename__} IN SHARE ROW EXCLUSIVE MODE"))
-    return (connection.scalar(select(func.max(column)).where(*where)) or 0) + 1
-
-
-def _one_of(
-    connection: Connection,
-    what: str,
-    table: type[Model] | type[Strategy],
-    named: ColumnElement[bool],
-    name: str,
-    version: int,
-) -> int:
-    """The id of a version."""
-    versions = {row.version: row.id for row in connection.execute(select(table.version, table.id).where(named))}
-    if version not in versions:
-        known = [f"{name} {number}" for number in versions]
-        raise UnknownNameError(f"{what} version", f"{name} {version}", known)
-    return int(versions[version])

@@ -1,0 +1,75 @@
+"""Every Prometheus name of the control plane, once. A service has a registry of its own."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import generate_latest
+
+_DECISION_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
+
+
+class Metrics:
+    """What is counted; each part adds to its own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.decision_s = Histogram(
+            "kairos_decision_seconds",
+            "Time of one POST /schedule, without reading and writing.",
+            buckets=_DECISION_S,
+            registry=registry,
+        )
+        self.guarded = Counter(
+            "kairos_guard_activations",
+            "Decisions that a guard made in place of the policy.",
+            ["guard"],
+            registry=registry,
+        )
+        self.queue = Gauge("kairos_waiting_requests", "Requests waiting in the latest snapshot.", registry=registry)
+        self.decisions = Counter(
+            "kairos_decisions_recorded",
+            "Decisions about requests that were recorded, by why.",
+            ["kept_for"],
+            registry=registry,
+        )
+        self.decisions_dropped = Counter(
+            "kairos_decisions_dropped",
+            "Decisions that were to be recorded and were not: queue full, database away.",
+            registry=registry,
+        )
+        self.reservations = Gauge("kairos_reservations", "Reservations that count as load now.", registry=registry)
+        self.reservations_ended = Counter(
+            "kairos_reservations_ended", "Reservations that ended, by how.", ["how"], registry=registry
+        )
+        self.refused = Counter(
+            "kairos_refused_requests",
+            "Requests without a key that may make them, by what they were answered (401, 403).",
+            ["status"],
+            registry=registry,
+        )
+        self.telemetry_rows = Counter(
+            "kairos_telemetry_rows",
+            "Rows of telemetry, by kind and what became of them.",
+            ["kind", "outcome"],
+            registry=registry,
+        )
+        self.telemetry_queue = Gauge(
+            "kairos_telemetry_queue_rows", "Rows of telemetry that wait to be stored.", registry=registry
+        )
+        self.trainings = Counter(
+            "kairos_trainings", "Trainings that ended, by outcome.", ["outcome"], registry=registry
+        )
+        self.model_age_s = Gauge(
+            "kairos_model_age_seconds",
+            "Since the last good fit of the model that serves a profile.",
+            ["profile"],
+            registry=registry,
+        )
+        self.drift_alarms = Counter(
+            "kairos_drift_alarms", "Alarms of the drift test.", ["profile", "kind"], registry=registry
+        )
+        self.experiment_log_e = Gauge(
+            "kairos_experiment_log_e", "Evidence of the running experiment.", ["side"], registry=registry
+        )
+
+    def exposition(self) -> bytes:
+        """All of it in Prometheus' text format."""
+        return generate_latest(self.registry)

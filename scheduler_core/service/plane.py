@@ -1,0 +1,47 @@
+"""What the parts of the control plane share, and what a part is."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from starlette.routing import BaseRoute
+
+from kairos.scheduler_core.config import Settings
+from kairos.scheduler_core.service.metrics import Metrics
+from kairos.scheduler_core.service.schedule import Scheduler
+from kairos.scheduler_core.service.store.changes import Changes
+from kairos.scheduler_core.service.store.session import Store
+from kairos.scheduler_core.service.store.writer import Writer
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """The store of a running service, who writes into it, and who tells what others wrote."""
+
+    store: Store
+    writer: Writer
+    changes: Changes
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """What every part is built on."""
+
+    settings: Settings
+    scheduler: Scheduler
+    database: Database | None
+    """None: nothing is kept."""
+    metrics: Metrics = field(default_factory=Metrics)
+
+
+class Part(Protocol):
+    """A piece of the control plane: routes, and work in the background between `start` and `stop`."""
+
+    def routes(self) -> Sequence[BaseRoute]:
+        """Its routes."""
+
+    def start(self) -> None:
+        """Begin its work, once the application is up. It may block for a moment."""
+
+    def stop(self) -> None:
+        """End its work and return once nothing of it runs; parts stop in the reverse order of their start."""

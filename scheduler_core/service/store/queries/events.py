@@ -1,0 +1,29 @@
+"""What happened that an operator would want to know."""
+
+from datetime import UTC, datetime
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, insert, select
+
+from kairos.scheduler_core.service.store.tables import Event
+
+
+class EventRow(NamedTuple):
+    """One event."""
+
+    id: int
+    at: datetime
+    kind: str
+    subject: str
+    detail: dict[str, Any]
+
+
+def add_event(connection: Connection, kind: str, subject: str, detail: dict[str, Any]) -> None:
+    """Keep an event, in the transaction of what it tells about."""
+    connection.execute(insert(Event).values(at=datetime.now(UTC), kind=kind, subject=subject, detail=detail))
+
+
+def latest_events(connection: Connection, most: int) -> list[EventRow]:
+    """The newest ones first."""
+    columns = (Event.id, Event.at, Event.kind, Event.subject, Event.detail)
+    return [EventRow(*row) for row in connection.execute(select(*columns).order_by(Event.id.desc()).limit(most))]
