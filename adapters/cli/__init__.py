@@ -71,7 +71,7 @@ def commands() -> "typer.Typer":
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for group in (
+    groups = (
         demo,
         simulate,
         models,
@@ -85,7 +85,8 @@ def commands() -> "typer.Typer":
         db,
         keys,
         configuration,
-    ):
+    )
+    for group in groups:
         group.register(app)
     return app
 

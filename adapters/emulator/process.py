@@ -14,9 +14,9 @@ from kairos.scheduler_core.config import (
     DecodeGroup,
     Group,
     HandsOver,
+    InstanceRole,
     MixedGroup,
     PrefillGroup,
-    Role,
     Settings,
 )
 from kairos.scheduler_core.domain import UNLIMITED_TOKENS, StepTimes
@@ -26,7 +26,7 @@ from kairos.scheduler_core.errors import ConfigError
 def worker_options(
     settings: Settings,
     step_times_of: Callable[[Settings, str], StepTimes],
-    role: Role,
+    role: InstanceRole,
     index: int,
     *,
     engine: str | None = None,

@@ -150,7 +150,7 @@ def test_the_order_survives_into_an_engine_that_orders_by_priority(engine: str) 
     """Shortest first among those in the gateway; three are in the engine at a time."""
 
     async def work() -> list[int]:
-        slow = step_times(prefill=(0.0, 1e-4, 0.0))
+        slow = step_times(prefill=(0.0, 1e-3, 0.0))
         group = {"in_flight": 3, "control": "gateway+priority"}
         async with behind_gateway(options(engine=engine, step_times=slow), group=group, **strategies("sjf")) as (
             gateway,
@@ -162,6 +162,7 @@ def test_the_order_survives_into_an_engine_that_orders_by_priority(engine: str) 
                     tasks.create_task(call(gateway.server.address, "/v1/completions", asked(1000 - number)))
                     await until(lambda number=number: len(worker.gpu.prompts) > number)
                 seen += [job.priority for job in worker.gpu.prompts]
+                await worker.stop()
             return seen
 
     priorities = run(work())
