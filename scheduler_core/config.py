@@ -389,6 +389,10 @@ class ServiceSettings(Section):
     max_requests: Count = 20_000
     """Requests in one snapshot; more is answered 413."""
     max_body_bytes: Count = 64 * 2**20
+    clock_scale: Annotated[Positive, Field(le=3600)] = 1.0
+    """How much faster than real time experiments run; for a simulated fleet, which must have the same."""
+    schedule_key: SecretStr | None = None
+    """What schedules of experiments are signed with; None: a key is drawn for each experiment and kept in the store."""
     client_timeout_s: Positive = 30.0
     """How long a client may take to send the head of a request, and then its body."""
 

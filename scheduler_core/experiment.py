@@ -1,16 +1,58 @@
 """What the control plane and the data planes of a live experiment share: what runs when, and its signature.
 
-Times are seconds on the experiment's one clock, handed in; nothing here reads a clock. The champion is arm A, the
-challenger arm B.
+Times are seconds on the experiment's one clock (`Clock`); all but its `now_s` are handed them. The champion is arm A,
+the challenger arm B.
 """
 
 import hashlib
 import hmac
+import time
 from bisect import bisect_right
+from datetime import UTC, datetime
+from typing import NamedTuple
 
 import msgspec
 
 from kairos.scheduler_core.errors import InputError
+
+ANCHOR_S = 1_767_225_600.0
+"""2026-01-01T00:00:00Z, where every scale agrees with UTC."""
+
+
+class Clock(NamedTuple):
+    """The one clock of experiments: slots, arrivals and reports are told in its seconds.
+
+    At scale 1 it is UTC epoch time. A simulated fleet may run faster: it and the control plane then share a scale, and
+    with the fixed anchor the same instant is the same second in every process and after a restart.
+    """
+
+    scale: float = 1.0
+    """`service.clock_scale`."""
+
+    def now_s(self) -> float:
+        """This instant, in experiment seconds since the epoch."""
+        return self.at(time.time())
+
+    def at(self, utc_s: float) -> float:
+        """An instant of UTC, in experiment seconds since the epoch.
+
+        >>> Clock(60.0).at(ANCHOR_S + 2.0) - ANCHOR_S
+        120.0
+        """
+        return ANCHOR_S + (utc_s - ANCHOR_S) * self.scale
+
+    def real_s(self, seconds: float) -> float:
+        """How long so many experiment seconds take."""
+        return seconds / self.scale
+
+
+def iso(at_s: float) -> str:
+    """An instant of the clock as people and records write it.
+
+    >>> iso(ANCHOR_S)
+    '2026-01-01T00:00:00Z'
+    """
+    return datetime.fromtimestamp(at_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class Slot(msgspec.Struct, frozen=True):

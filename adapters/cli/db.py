@@ -69,15 +69,28 @@ def forget(
 
     Example: kairos db forget --config kairos.yaml --tenant acme
     """
-    from kairos.scheduler_core.service.store import revisions
     from kairos.scheduler_core.service.store.queries.telemetry import forget as forget_requests
 
     if not (tenant or request or everyone):
         raise ConfigError("nothing is named to be forgotten; give --tenant, --request or --all")
     with opened(config, url) as store:
-        revisions.require_served(store)
+        require_filled(store)
         rows = forget_requests(store, tenants=tenant or (), requests=request or (), everyone=everyone)
         typer.echo(f"{store.name}: {rows} requests are of nobody now")
+
+
+def require_filled(store: "Store") -> None:
+    """Pass a database that has something in it and that this Kairos runs on.
+
+    Raises:
+        ConfigError: there is nothing: most likely it is another one that is meant.
+        StoreError: it is away, or not at a revision that this Kairos runs on.
+    """
+    from kairos.scheduler_core.service.store import revisions
+
+    if revisions.current(store) is None:
+        raise ConfigError(f"{store.name} is empty; check the address")
+    revisions.require_served(store)
 
 
 @contextmanager

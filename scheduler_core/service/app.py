@@ -12,8 +12,10 @@ from starlette.exceptions import HTTPException
 import kairos
 from kairos.scheduler_core.config import Settings, StoreSettings
 from kairos.scheduler_core.errors import KairosError
+from kairos.scheduler_core.replay import Replay
 from kairos.scheduler_core.service.access import Access, Keys
 from kairos.scheduler_core.service.bodies import Limits
+from kairos.scheduler_core.service.live import Live
 from kairos.scheduler_core.service.openapi import openapi_of
 from kairos.scheduler_core.service.plane import Database, Part, Plane
 from kairos.scheduler_core.service.problems import on_bug, on_http_error, on_kairos_error, on_unfit_request
@@ -27,8 +29,11 @@ from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.writer import Writer
 
 
-def create_app(settings: Settings) -> FastAPI:
+def create_app(settings: Settings, replay: Replay | None = None) -> FastAPI:
     """The application over one configuration; models and policies are loaded here.
+
+    Args:
+        replay: runs the champion of an experiment on recorded arrivals.
 
     Raises:
         ConfigError, UnknownPolicyError, SchemaError: a strategy or a model of the configuration cannot be loaded.
@@ -36,7 +41,7 @@ def create_app(settings: Settings) -> FastAPI:
     """
     strategies = {name: choice.as_strategy(name).check() for name, choice in settings.strategies.items()}
     scheduler = Scheduler(settings, strategies)
-    plane = Plane(settings, scheduler, _opened(settings.store))
+    plane = Plane(settings, scheduler, _opened(settings.store), replay=replay)
     keys = Keys(settings.access, plane.database.store if plane.database else None)
     if plane.database:
         plane.database.changes.watch("keys", keys.look)
@@ -57,7 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.router.routes.append(schedule_route(scheduler.schedule, settings.service.max_body_bytes))
     database = plane.database
     if database:
-        app.router.routes.extend(telemetry_routes(database.writer, settings.service.max_body_bytes))
+        app.router.routes.extend(telemetry_routes(database.writer, plane.metrics, settings.service.max_body_bytes))
     app.include_router(overview_router(plane), tags=["overview"])
     for part in parts:
         app.router.routes.extend(part.routes())
@@ -81,7 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
 
 def _parts(plane: Plane) -> list[Part]:
     """Everything beside `/schedule` and telemetry, in the order in which it starts."""
-    return []
+    return [Live(plane)]
 
 
 def _start(plane: Plane, parts: Sequence[Part]) -> None:

@@ -87,15 +87,25 @@ def _telemetry(name: str, body: Any, row: Any, stored: Any, problem: Any) -> dic
         "description": "The same id again is answered as before, and nothing is stored twice.",
         "schema": {"type": "string", "minLength": 1, "maxLength": 256, "pattern": "^[!-~]+$"},
     }
+    prefer = {
+        "name": "prefer",
+        "in": "header",
+        "description": "`respond-async`: answered 202 at once; what the database does not take is kept in memory.",
+        "schema": {"type": "string", "enum": ["respond-async"]},
+    }
+    told = {"application/json": {"schema": stored}}
     return {
         "tags": ["telemetry"],
         "operationId": f"store_{name}",
         "summary": f"Store a batch of {name}",
         "description": "An array, an object with `rows` and `batch_id`, or JSON lines (`application/x-ndjson`); gzip "
         "is taken. Rows that do not fit are named, the others stored. It answers once they are committed.",
-        "parameters": [header],
+        "parameters": [header, prefer],
         "requestBody": {"required": True, "content": {"application/json": {"schema": {"anyOf": [rows, body]}}}},
-        "responses": {"200": {"description": "What was stored.", "content": {"application/json": {"schema": stored}}}}
+        "responses": {
+            "200": {"description": "What was stored.", "content": told},
+            "202": {"description": "What will be stored once the database takes it.", "content": told},
+        }
         | _problems(_TELEMETRY_PROBLEMS, problem),
     }
 

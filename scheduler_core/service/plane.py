@@ -7,6 +7,7 @@ from typing import Protocol
 from starlette.routing import BaseRoute
 
 from kairos.scheduler_core.config import Settings
+from kairos.scheduler_core.replay import Replay
 from kairos.scheduler_core.service.metrics import Metrics
 from kairos.scheduler_core.service.schedule import Scheduler
 from kairos.scheduler_core.service.store.changes import Changes
@@ -32,6 +33,8 @@ class Plane:
     database: Database | None
     """None: nothing is kept."""
     metrics: Metrics = field(default_factory=Metrics)
+    replay: Replay | None = None
+    """None: experiments have the offered load as their covariate."""
 
 
 class Part(Protocol):

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match, Route
 
 from kairos.scheduler_core.errors import BusyError, FieldsError, KairosError
 from kairos.scheduler_core.service.schemas import FieldProblem, Problem
@@ -49,9 +50,19 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     """What the framework refuses: unknown route, wrong method."""
     assert isinstance(error, HTTPException)
     detail = error.detail
+    headers = dict(error.headers or {})
     if error.status_code in (404, 405):
         detail = f"{request.method} {request.url.path}: {error.detail.lower()}; /openapi.json names every route"
-    return problem_response(problem_of(error.status_code, detail), dict(error.headers or {}))
+    if error.status_code == 405:
+        headers["Allow"] = ", ".join(sorted(_methods(request))) or headers["Allow"]
+    return problem_response(problem_of(error.status_code, detail), headers)
+
+
+def _methods(request: Request) -> set[str]:
+    """What a path takes; each method is a route of its own, and the framework names that of the first alone."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    matching = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in matching if route.path == matching[0].path for method in route.methods or ()}
 
 
 async def on_unfit_request(request: Request, error: Exception) -> Response:

@@ -344,7 +344,7 @@ class Problem(msgspec.Struct, frozen=True):
 
 
 class TelemetryAnswer(msgspec.Struct, frozen=True):
-    """What became of a batch; it is committed."""
+    """What became of a batch: stored means committed."""
 
     batch_id: str
     stored: Annotated[int, Meta(description="Rows that are in the database.")]
@@ -352,6 +352,7 @@ class TelemetryAnswer(msgspec.Struct, frozen=True):
     excluded: Annotated[dict[str, int], Meta(description="Rows left out for their flag, by flag.")]
     duplicate: Annotated[bool, Meta(description="The batch was stored before, nothing was stored now.")]
     errors: list[FieldProblem]
+    buffered: Annotated[int, Meta(description="Rows that wait in memory (202); lost if the service ends first.")] = 0
 
 
 # -- control routes --------------------------------------------------------------------------------------------------
@@ -371,18 +372,3 @@ class Readiness(BaseModel):
     """Where step times come from, by profile."""
     database: Literal["none", "ready", "away"] = "none"
     """Away: telemetry is refused, decisions go on."""
-
-
-class StrategyText(BaseModel):
-    """A strategy by name."""
-
-    name: str
-    text: str
-    """PREFILL+PREFILL_PLACEMENT+DECODE_PLACEMENT+DECODE[+ADMISSION]"""
-
-
-class Strategies(BaseModel):
-    """Which strategies there are."""
-
-    active: str
-    strategies: list[StrategyText]

@@ -73,6 +73,8 @@ def test_profiles_and_a_fleet_are_enough_and_the_rest_has_defaults(tmp_path: Pat
         "port": 8011,
         "max_requests": 20_000,
         "max_body_bytes": 67_108_864,
+        "clock_scale": 1.0,
+        "schedule_key": None,
         "client_timeout_s": 30.0,
     }
 

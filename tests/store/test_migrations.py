@@ -57,6 +57,18 @@ def test_a_difference_between_models_and_migrations_would_be_noticed(store: Stor
     assert len(differences(store)) == 2
 
 
+@pytest.mark.parametrize(
+    ("command", "code", "told"), [(["current"], 0, "empty, this Kairos needs"), (["forget", "--all"], 2, "is empty")]
+)
+def test_looking_at_a_database_that_is_not_there_does_not_make_it(
+    tmp_path: Path, command: list[str], code: int, told: str
+) -> None:
+    ended = kairos("db", *command, "--url", f"sqlite:///{tmp_path}/nowhere.db")
+
+    assert (ended.code, told in ended.stdout + ended.stderr) == (code, True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_of_two_migrations_at_once_one_waits(empty: Store, url: str) -> None:
     begun = Event()
 

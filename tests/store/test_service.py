@@ -85,7 +85,7 @@ def test_the_routes_are_described_with_their_bodies_and_problems(name: str) -> N
     operation = DOCUMENT["paths"][f"/telemetry/{name}"]["post"]
 
     assert sorted(operation["responses"]) == [
-        *("200", "400", "401", "403", "408", "409", "413", "415", "422", "429", "503")
+        *("200", "202", "400", "401", "403", "408", "409", "413", "415", "422", "429", "503")
     ]
     assert operation["responses"]["200"]["content"]["application/json"]["schema"] == {
         "$ref": "#/components/schemas/TelemetryAnswer"

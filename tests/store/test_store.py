@@ -8,18 +8,25 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from threading import Event, Thread
 
 import psycopg
 import pytest
 from command_line import kairos
+from fastapi import FastAPI
 from service.snapshots import call, settings_of
-from sqlalchemy import Connection, func, select, text
+from sqlalchemy import Connection, func, select, text, update
 from store.rows import decode_step, request_row, step_row
 
-from kairos.scheduler_core.errors import BusyError, StoreError, UnknownNameError
+from kairos.scheduler_core.errors import BusyError, KairosError, StoreError, UnknownNameError
 from kairos.scheduler_core.service.app import create_app
+from kairos.scheduler_core.service.metrics import Metrics
+from kairos.scheduler_core.service.problems import on_kairos_error
+from kairos.scheduler_core.service.routes.telemetry import telemetry_routes
+from kairos.scheduler_core.service.store import session
+from kairos.scheduler_core.service.store import writer as writer_module
 from kairos.scheduler_core.service.store.queries import models, strategies, telemetry
 from kairos.scheduler_core.service.store.queries.telemetry import RequestBatch, StepBatch, Stored, add_batch, read_steps
 from kairos.scheduler_core.service.store.revisions import upgrade
@@ -205,6 +212,104 @@ def test_a_database_that_goes_away_refuses_telemetry_and_decisions_go_on(store: 
     assert count(store) == 2
 
 
+@contextmanager
+def away(store: Store, server: str) -> Iterator[None]:
+    """The database answers nobody: PostgreSQL ends its connections and takes none, SQLite is locked."""
+    if store.embedded:
+        other = sqlite3.connect(str(store.engine.url.database))
+        other.execute("BEGIN IMMEDIATE")
+        yield
+        other.close()
+        return
+    with psycopg.connect(server, autocommit=True) as connection:
+        name = store.engine.url.database
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false".encode())
+        connection.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", (name,))
+        yield
+        connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
+
+
+@pytest.fixture
+def hasty(store: Store, url: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    """The same database, by one who does not wait long."""
+    monkeypatch.setattr(session, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(writer_module, "RETRY_S", 0.05)
+    hasty = Store(url)
+    yield hasty
+    hasty.close()
+
+
+def test_what_is_kept_while_the_database_is_away_is_written_when_it_answers_again(hasty: Store, server: str) -> None:
+    writer = Writer(hasty, most_rows=50)
+    with away(hasty, server):
+        kept = [writer.put(steps(f"b-{n}", *[step_row()] * 20), keep=True) for n in range(2)]
+        with pytest.raises(StoreError, match="nothing was written"):
+            writer.put(steps("not kept")).result(20)
+        with pytest.raises(BusyError, match="40 rows of telemetry wait"):
+            writer.put(steps("too many", *[step_row()] * 20), keep=True)
+        done, waiting = [future.done() for future in kept], writer.waiting_rows
+
+    assert (done, waiting) == ([False, False], 40)
+    assert [future.result(20) for future in kept] == [Stored(20, duplicate=False)] * 2
+    writer.drain()
+    assert (count(hasty), writer.waiting_rows) == (40, 0)
+
+
+def test_what_is_kept_until_the_end_fails_then(hasty: Store, server: str) -> None:
+    writer = Writer(hasty, most_rows=50)
+    with away(hasty, server):
+        kept = writer.put(steps("b"), keep=True)
+        writer.drain()
+
+    with pytest.raises(StoreError, match="did not answer until the end"):
+        kept.result(0)
+    assert (count(hasty), writer.waiting_rows) == (0, 0)
+
+
+def test_one_batch_that_the_disk_has_no_room_for_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "RETRY_S", 0.05)
+    store = Store(f"sqlite:///{tmp_path}/small.db")
+    upgrade(store)
+    with store.engine.connect() as connection:
+        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages + 3}")
+    writer = Writer(store, 10**6)
+    large = writer.put(steps("large", *[step_row()] * 20_000), keep=True)
+    small = writer.put(steps("small"), keep=True)
+
+    assert small.result(20) == Stored(1, duplicate=False)
+    assert not large.done()
+    writer.drain()
+    assert isinstance(large.exception(0), StoreError)
+
+
+def counted(metrics: Metrics, outcome: str) -> float | None:
+    return metrics.registry.get_sample_value("kairos_telemetry_rows_total", {"kind": "steps", "outcome": outcome})
+
+
+def test_who_asks_to_be_answered_at_once_is_and_every_row_is_counted(hasty: Store, server: str) -> None:
+    writer, metrics = Writer(hasty, most_rows=3), Metrics()
+    app = FastAPI(routes=telemetry_routes(writer, metrics, 10**6))
+    app.add_exception_handler(KairosError, on_kairos_error)
+
+    def post(batch_id: str, rows: int, prefer: str = "respond-async; x, wait=1") -> tuple[int, int | None]:
+        body = {"batch_id": batch_id, "rows": [decode_step()] * rows}
+        answer = call(app, "POST", "/telemetry/steps", json=body, headers={"prefer": prefer})
+        return answer.status_code, answer.json().get("buffered")
+
+    with away(hasty, server):
+        answers = [post("a", 2), post("b", 1, prefer="return=minimal"), post("c", 2)]
+        waiting = metrics.registry.get_sample_value("kairos_telemetry_queue_rows")
+    writer.drain()
+
+    assert answers == [(202, 2), (503, None), (429, None)]
+    assert waiting == 2
+    assert [counted(metrics, outcome) for outcome in ("stored", "refused", "dropped")] == [2, 3, None]
+    assert count(hasty) == 2
+
+
 def test_two_replicas_store_the_same_batch_once(store: Store, url: str) -> None:
     other = Store(url)
     futures = [
@@ -230,6 +335,44 @@ def test_reading_goes_by_pages_and_gives_all_in_the_order_they_came(
 
     assert whole[0].step_s.tolist() == paged[0].step_s.tolist() == [(n + 1.0) / 1e3 for n in range(250)]
     assert read_steps(store, after=last - 3)[0][0].step_s.tolist() == [0.248, 0.249, 0.25]
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_steps_that_are_committed_late_are_read_by_the_next_call(store: Store) -> None:
+    with store.write() as slow:
+        add_batch(slow, steps("slow", step_row(latency_ms=1, run="slow"), step_row(latency_ms=2, run="slow")))
+        add(store, steps("fast", step_row(latency_ms=3)))
+        before, last = read_steps(store)
+    after, end = read_steps(store, last)
+
+    assert (before, last) == ([], 0)
+    assert (after[0].step_s.tolist(), end) == ([0.001, 0.002, 0.003], 3)
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_what_was_stored_before_a_transaction_that_runs_still_is_read(store: Store) -> None:
+    add(store, steps("first", step_row(latency_ms=1), step_row(latency_ms=2)))
+    with store.write() as slow:
+        add_batch(slow, steps("slow", step_row(latency_ms=3, run="slow")))
+        add(store, steps("fast", step_row(latency_ms=4)))
+        (before,), last = read_steps(store)
+    (after,), _ = read_steps(store, last)
+
+    assert (before.step_s.tolist(), last) == ([0.001, 0.002], 2)
+    assert after.step_s.tolist() == [0.003, 0.004]
+
+
+def test_steps_are_read_since_a_time(store: Store) -> None:
+    add(store, steps("old", step_row(latency_ms=1)), steps("new", step_row(latency_ms=2)))
+    now = datetime.now(UTC)
+    with store.write() as connection:
+        connection.execute(update(Batch).where(Batch.batch_id == "old").values(received_at=now - timedelta(days=3)))
+    (recent,), last = read_steps(store, since=now - timedelta(days=1))
+    both = read_steps(store, since=now - timedelta(days=4))[0][0]
+    none, _ = read_steps(store, since=now + timedelta(days=1))
+
+    assert (recent.step_s.tolist(), both.step_s.tolist(), none) == ([0.002], [0.001, 0.002], [])
+    assert last == 2
 
 
 # -- forgetting ------------------------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ def test_steps_are_stored_and_come_back_as_they_were_measured(app: FastAPI, stor
         "excluded": {},
         "duplicate": False,
         "errors": [],
+        "buffered": 0,
     }
     assert decode.profile == Profile("H100", "acme/llama-8b", tp=2, engine="vllm")
     assert (decode.kind, decode.step_s.tolist(), decode.batch_size.tolist()) == ("decode", [0.0125, 0.0135], [4, 4])
@@ -258,16 +259,17 @@ def test_readiness_says_that_the_database_is_there(app: FastAPI) -> None:
 class _Refusing:
     """Stands where the writer does, for batches that must not get so far."""
 
-    def put(self, batch: object) -> None:
+    def put(self, batch: object, *, keep: bool) -> None:
         raise AssertionError(f"{batch} should have been refused")
 
 
 def _refusing() -> FastAPI:
     from kairos.scheduler_core.errors import KairosError
+    from kairos.scheduler_core.service.metrics import Metrics
     from kairos.scheduler_core.service.problems import on_kairos_error
     from kairos.scheduler_core.service.routes.telemetry import telemetry_routes
 
-    app = FastAPI(routes=telemetry_routes(_Refusing(), 100_000))  # type: ignore[arg-type]
+    app = FastAPI(routes=telemetry_routes(_Refusing(), Metrics(), 100_000))  # type: ignore[arg-type]
     app.add_exception_handler(KairosError, on_kairos_error)
     return app
 

@@ -1,11 +1,11 @@
-"""What the service is and has: liveness, readiness, metrics, strategies."""
+"""What the service is and has: liveness, readiness, metrics."""
 
 from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from kairos.scheduler_core.service.plane import Plane
-from kairos.scheduler_core.service.schemas import Health, Readiness, Strategies, StrategyText
+from kairos.scheduler_core.service.schemas import Health, Readiness
 
 
 def overview_router(plane: Plane) -> APIRouter:
@@ -30,13 +30,5 @@ def overview_router(plane: Plane) -> APIRouter:
     def metrics() -> Response:
         """Give every metric in Prometheus' text format."""
         return Response(plane.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
-
-    @router.get("/strategies")
-    def strategies() -> Strategies:
-        """List the strategies of the configuration; `/schedule` takes each by its name."""
-        return Strategies(
-            active=scheduler.active,
-            strategies=[StrategyText(name=name, text=s.text) for name, s in scheduler.strategies.items()],
-        )
 
     return router

@@ -1,22 +1,27 @@
-"""`POST /telemetry/steps` and `/telemetry/requests`: batches into the store, acknowledged once they are committed."""
+"""`POST /telemetry/steps` and `/telemetry/requests`: batches into the store, acknowledged once they are committed.
+
+Who sends `prefer: respond-async` is answered 202 at once, and what the database does not take is kept in memory.
+"""
 
 import asyncio
 import re
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 from anyio import to_thread
+from msgspec.structs import replace
 from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from kairos.scheduler_core.errors import FieldsError
+from kairos.scheduler_core.errors import BusyError, FieldsError
 from kairos.scheduler_core.service.bodies import (
     UNDECODABLE,
     content_coding,
@@ -25,6 +30,7 @@ from kairos.scheduler_core.service.bodies import (
     unreadable,
     unzipped,
 )
+from kairos.scheduler_core.service.metrics import Metrics
 from kairos.scheduler_core.service.problems import decode_problem, problem_of, problem_response
 from kairos.scheduler_core.service.schemas import (
     FieldProblem,
@@ -34,7 +40,7 @@ from kairos.scheduler_core.service.schemas import (
     StepsBody,
     TelemetryAnswer,
 )
-from kairos.scheduler_core.service.store.queries.telemetry import RequestBatch, StepBatch
+from kairos.scheduler_core.service.store.queries.telemetry import RequestBatch, StepBatch, Stored
 from kairos.scheduler_core.service.store.writer import Writer
 from kairos.scheduler_core.telemetry import RequestRow, StepRow, excluded_by
 
@@ -49,16 +55,16 @@ _rows_decoder = msgspec.json.Decoder(list[msgspec.Raw] | RowsBody)
 Row = TypeVar("Row", StepRow, RequestRow)
 
 
-def telemetry_routes(writer: Writer, max_body_bytes: int) -> list[Route]:
+def telemetry_routes(writer: Writer, metrics: Metrics, max_body_bytes: int) -> list[Route]:
     """The routes over one writer; the OpenAPI document describes them in `openapi.py`."""
-    steps, requests = Rows(StepRow, StepsBody), Rows(RequestRow, RequestsBody)
+    metrics.telemetry_queue.set_function(lambda: writer.waiting_rows)
+    kinds: list[Kind[Any]] = [
+        Kind("steps", Rows(StepRow, StepsBody), StepBatch, lambda row: excluded_by(row.flag)),
+        Kind("requests", Rows(RequestRow, RequestsBody), RequestBatch),
+    ]
     return [
-        Route("/telemetry/steps", TelemetryEndpoint(steps, _step_batch, writer, max_body_bytes), methods=["POST"]),
-        Route(
-            "/telemetry/requests",
-            TelemetryEndpoint(requests, _request_batch, writer, max_body_bytes),
-            methods=["POST"],
-        ),
+        Route(f"/telemetry/{kind.name}", TelemetryEndpoint(kind, writer, metrics, max_body_bytes), methods=["POST"])
+        for kind in kinds
     ]
 
 
@@ -122,17 +128,25 @@ def _named(number: int, problem: Problem) -> list[FieldProblem]:
     return [FieldProblem(f"[{number}].{p.path}".rstrip("."), p.message) for p in problem.errors]
 
 
-BatchOf = Callable[[str, bytes, list[Row]], tuple[StepBatch | RequestBatch, dict[str, int]]]
-"""Id, digest and rows to what is stored, and what is left out, by flag."""
+@dataclass(frozen=True, slots=True)
+class Kind(Generic[Row]):
+    """A kind of rows: how it is read, and how it is stored."""
+
+    name: str
+    rows: Rows[Row]
+    batch_of: Callable[[str, bytes, list[Row]], StepBatch | RequestBatch]
+    """Id, digest, rows."""
+    excluded_by: Callable[[Row], str | None] = lambda row: None
+    """Which flag leaves a row out."""
 
 
 class TelemetryEndpoint(Generic[Row]):
     """The ASGI application behind a route."""
 
-    def __init__(self, rows: Rows[Row], batch_of: BatchOf[Row], writer: Writer, max_body_bytes: int) -> None:
-        self._rows: Rows[Row] = rows
-        self._batch_of: BatchOf[Row] = batch_of
+    def __init__(self, kind: Kind[Row], writer: Writer, metrics: Metrics, max_body_bytes: int) -> None:
+        self._kind: Kind[Row] = kind
         self._writer = writer
+        self._metrics = metrics
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -152,32 +166,63 @@ class TelemetryEndpoint(Generic[Row]):
             read, digest = await to_thread.run_sync(self._read, headers, body)
         except UNDECODABLE as error:
             return problem_response(decode_problem(body, error))
+        self._count("rejected", read.rejected)
         if read.rejected and not read.rows:
             first = f"{read.problems[0].path}: {read.problems[0].message}"
             detail = f"none of {read.rejected} rows can be stored; the first: {first}"
             return problem_response(problem_of(422, detail, read.problems))
         batch_id = _batch_id(headers, read.batch_id)
-        batch, excluded = self._batch_of(batch_id, digest, read.rows)
-        stored = await asyncio.wrap_future(self._writer.put(batch))
-        answer = TelemetryAnswer(batch_id, stored.rows, read.rejected, excluded, stored.duplicate, read.problems)
-        return Response(_encoder.encode(answer), media_type="application/json")
+        rows, excluded = self._without_excluded(read.rows)
+        self._count("excluded", sum(excluded.values()))
+        answer = TelemetryAnswer(batch_id, 0, read.rejected, excluded, False, read.problems)
+        keep = _prefers_async(headers)
+        future = self._put(self._kind.batch_of(batch_id, digest, rows), keep)
+        if keep:
+            answer = replace(answer, buffered=len(rows))
+        else:
+            stored = await asyncio.wrap_future(future)
+            answer = replace(answer, stored=stored.rows, duplicate=stored.duplicate)
+        return Response(_encoder.encode(answer), 202 if keep else 200, media_type="application/json")
+
+    def _without_excluded(self, rows: list[Row]) -> tuple[list[Row], dict[str, int]]:
+        """The rows that are stored, and how many a flag leaves out."""
+        flags = [self._kind.excluded_by(row) for row in rows]
+        excluded = Counter(flag for flag in flags if flag)
+        return [row for row, flag in zip(rows, flags, strict=True) if not flag] if excluded else rows, dict(excluded)
+
+    def _put(self, batch: StepBatch | RequestBatch, keep: bool) -> "Future[Stored]":
+        """Have it written, and count what becomes of it."""
+        try:
+            future = self._writer.put(batch, keep=keep)
+        except BusyError:
+            self._count("refused", batch.row_count)
+            raise
+        future.add_done_callback(lambda ended: self._ended(ended, batch.row_count, keep))
+        return future
+
+    def _ended(self, future: "Future[Stored]", rows: int, keep: bool) -> None:
+        if future.cancelled() or future.exception():
+            self._count("dropped" if keep else "refused", rows)
+        else:
+            self._count("duplicate" if future.result().duplicate else "stored", rows)
+
+    def _count(self, outcome: str, rows: int) -> None:
+        if rows:
+            self._metrics.telemetry_rows.labels(self._kind.name, outcome).inc(rows)
 
     def _read(self, headers: Headers, body: bytes) -> tuple[Read[Row], bytes]:
         """The rows, and a digest of what was sent."""
         if content_coding(headers) == "gzip":
             body = unzipped(body, self._max_body_bytes)
-        lines = media_type(headers) in JSON_LINES
-        return (self._rows.from_lines if lines else self._rows.from_json)(body), blake2b(body, digest_size=16).digest()
+        rows = self._kind.rows
+        read = rows.from_lines(body) if media_type(headers) in JSON_LINES else rows.from_json(body)
+        return read, blake2b(body, digest_size=16).digest()
 
 
-def _step_batch(batch_id: str, digest: bytes, rows: list[StepRow]) -> tuple[StepBatch, dict[str, int]]:
-    excluded = Counter(reason for row in rows if (reason := excluded_by(row.flag)))
-    kept = [row for row in rows if not excluded_by(row.flag)] if excluded else rows
-    return StepBatch(batch_id, digest, kept), dict(excluded)
-
-
-def _request_batch(batch_id: str, digest: bytes, rows: list[RequestRow]) -> tuple[RequestBatch, dict[str, int]]:
-    return RequestBatch(batch_id, digest, rows), {}
+def _prefers_async(headers: Headers) -> bool:
+    """Whether the sender would rather be answered at once (RFC 7240)."""
+    wishes = ",".join(headers.getlist("prefer")).lower().split(",")
+    return any(wish.partition(";")[0].strip() == "respond-async" for wish in wishes)
 
 
 def _batch_id(headers: Headers, in_body: str | None) -> str:

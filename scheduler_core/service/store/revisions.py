@@ -31,7 +31,9 @@ def head() -> str:
 
 
 def current(store: Store) -> str | None:
-    """The revision of the database; None: it is empty."""
+    """The revision of the database; None: it is empty, or not there yet."""
+    if not store.is_made:
+        return None
     with store.read() as connection:
         return MigrationContext.configure(connection).get_current_revision()
 

@@ -48,6 +48,12 @@ class Store:
         self._driver_error: type[Exception] = self.engine.dialect.loaded_dbapi.Error
         self.name = address.render_as_string(hide_password=True)
         """Its address, as it may be shown."""
+        self._file = Path(address.database or "") if self.embedded else None
+
+    @property
+    def is_made(self) -> bool:
+        """Whether there is a database to read from; looking does not make SQLite's file."""
+        return self._file is None or self._file.exists()
 
     @contextmanager
     def write(self) -> Iterator[Connection]:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
-from sqlalchemy import ColumnElement, Connection, or_, select, update
+from sqlalchemy import ColumnElement, Connection, false, func, or_, select, text, true, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from kairos.scheduler_core.domain import Profile
@@ -84,6 +84,7 @@ def add_batch(connection: Connection, batch: StepBatch | RequestBatch) -> Stored
         if isinstance(key, Stored):
             return key
         recordings = _recordings(connection, {_step_recording(row) for row in batch.rows})
+        _announce_ids(connection)
         _copy(connection, Step, _STEP_COLUMNS, (_step_values(key, recordings, row) for row in batch.rows))
     else:
         key = _batch_key(connection, "requests", batch)
@@ -232,16 +233,20 @@ def _copy(connection: Connection, table: type[Table], columns: Sequence[str], ro
 # -- telemetry out ---------------------------------------------------------------------------------------------------
 
 
-def read_steps(store: Store, after: int = 0) -> tuple[list[Steps], int]:
-    """All steps with an id above `after`, by profile and kind, in the order they came; and the highest id.
+def read_steps(store: Store, after: int = 0, since: datetime | None = None) -> tuple[list[Steps], int]:
+    """All steps with an id above `after`, by profile and kind, in the order they came; and the id to go on from.
 
-    Read in short transactions, so that writers never wait for a training. `run` is the recording's id.
+    With `since`, only those that were received then or later. Read in short transactions, so that writers never wait
+    for a training; steps of a transaction that runs still are left to the next call. `run` is the recording's id.
     """
     pages: dict[tuple[int, int], list[FloatArray]] = {}
+    with store.read() as connection:
+        last = max(after, _settled_id(connection))
+        wanted = (Step.id <= last) & _received_since(connection, since)
     while True:
         with store.read() as connection:
             rows = connection.execute(
-                select(*_STEPS_OUT).where(Step.id > after).order_by(Step.id).limit(PAGE_ROWS)
+                select(*_STEPS_OUT).where(Step.id > after, wanted).order_by(Step.id).limit(PAGE_ROWS)
             ).all()
         if not rows:
             break
@@ -257,7 +262,45 @@ def read_steps(store: Store, after: int = 0) -> tuple[list[Steps], int]:
     for (recording, kind), parts in pages.items():
         groups.setdefault((profiles[recording], STEP_KINDS[kind]), []).extend(parts)
     ordered = sorted(groups.items(), key=lambda item: (item[0][0].profile_id, item[0][1]))
-    return [_steps_of(profile, kind, np.concatenate(parts)) for (profile, kind), parts in ordered], after
+    return [_steps_of(profile, kind, np.concatenate(parts)) for (profile, kind), parts in ordered], last
+
+
+def _received_since(connection: Connection, since: datetime | None) -> ColumnElement[bool]:
+    """The condition on steps; batches are numbered as they come."""
+    if since is None:
+        return true()
+    first = connection.scalar(select(func.min(Batch.id)).where(Batch.rows_of == "steps", Batch.received_at >= since))
+    return false() if first is None else Step.batch >= first
+
+
+# PostgreSQL gives out ids before it is known who commits first, so a lower id may appear after a higher one was read.
+# Hence every transaction that stores steps says, as the number of an advisory lock, above which id its own will be; a
+# reader goes no further than the lowest that is held. The lock ends with the transaction, and holds up nobody.
+_ANNOUNCED = 1 << 62
+_ANNOUNCE = text(
+    f"SELECT pg_advisory_xact_lock_shared({_ANNOUNCED} + last_value - CASE WHEN is_called THEN 0 ELSE 1 END) "
+    "FROM steps_id_seq"
+)
+_LOWEST_ANNOUNCED = text(
+    f"""SELECT min(number) - {_ANNOUNCED}
+    FROM (SELECT (classid::bigint << 32) | objid::bigint AS number FROM pg_locks
+          WHERE locktype = 'advisory' AND mode = 'ShareLock' AND objsubid = 1
+          AND database = (SELECT oid FROM pg_database WHERE datname = current_database())) AS held
+    WHERE number >= {_ANNOUNCED}"""
+)
+
+
+def _announce_ids(connection: Connection) -> None:
+    """Say which ids the steps will have that this transaction stores. SQLite has one writer at a time."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(_ANNOUNCE)
+
+
+def _settled_id(connection: Connection) -> int:
+    """The highest id of a step below which no other can appear."""
+    highest = connection.scalar(select(func.max(Step.id))) or 0  # before the locks: who is not in them has committed
+    lowest = connection.scalar(_LOWEST_ANNOUNCED) if connection.dialect.name == "postgresql" else None
+    return highest if lowest is None else min(highest, lowest)
 
 
 _NUMBERS = ("step_s", "n_requests", "new_tokens", "cached_tokens", "batch_size", "sum_context_tokens")
