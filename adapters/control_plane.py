@@ -66,6 +66,8 @@ class NewStrategy(NamedTuple):
 
     strategy: Strategy
     name: str
+    known_as: str = ""
+    """`name@version`: what telemetry reports."""
 
 
 class NewStepTimes(NamedTuple):
@@ -210,7 +212,7 @@ class ControlPlane:
         for _, choice in strategy.choices():
             if ":" in choice.name:
                 raise ConfigError(f"policy {choice.name} of strategy {told.name} is not installed here under a name")
-        self.news.append(NewStrategy(strategy.check(), told.name))
+        self.news.append(NewStrategy(strategy.check(), told.name, f"{told.name}@{told.version}"))
         self.counts["pulled strategies"] += 1
 
     def _pull_models(self) -> None:

@@ -35,18 +35,23 @@ def emulate(
     prefix_cache: Annotated[bool, typer.Option(help="Keep the KV of prompts.")] = False,
     fault: Annotated[list[str] | None, typer.Option(help="KIND:SHARE of requests that fail so.")] = None,
     seed: Annotated[int, typer.Option(help="Of the faults.")] = 0,
+    control_plane: Annotated[str | None, typer.Option(help="Where its steps are sent as telemetry.")] = None,
+    control_plane_key: Annotated[
+        str, typer.Option(help="Bearer key for it.", envvar="KAIROS_CONTROL_PLANE_KEY", show_envvar=True)
+    ] = "",
 ) -> None:
     """Run a worker that speaks an engine's HTTP dialect, with the step times of a profile in place of a GPU.
 
     Example: kairos worker emulate --config kairos.yaml --role prefill --port 8110
     """
     from kairos.adapters.emulator.faults import parse_faults
-    from kairos.adapters.emulator.process import run_worker, worker_options
+    from kairos.adapters.emulator.process import group_of, reporting_to, run_worker, worker_options
     from kairos.predictors.profiles import step_times_of
     from kairos.scheduler_core.config import load_settings
 
+    settings = load_settings(config)
     options = worker_options(
-        load_settings(config),
+        settings,
         step_times_of,
         role,
         group,
@@ -60,4 +65,6 @@ def emulate(
         faults=parse_faults(fault or []),
         seed=seed,
     )
-    run_worker(options)
+    profile = group_of(settings, role, group).profile
+    plane = reporting_to(control_plane, settings.profiles[profile].as_profile(), control_plane_key)
+    run_worker(options, plane)

@@ -1,12 +1,16 @@
 """An emulated worker as a process, made like a group of a fleet."""
 
 import asyncio
+import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import uvloop
 
+from kairos.adapters.control_plane import ControlPlane
 from kairos.adapters.emulator.gpu import Limits
 from kairos.adapters.emulator.worker import EmulatedWorker, WorkerOptions
 from kairos.scheduler_core.config import (
@@ -19,8 +23,10 @@ from kairos.scheduler_core.config import (
     PrefillGroup,
     Settings,
 )
-from kairos.scheduler_core.domain import UNLIMITED_TOKENS, StepTimes
+from kairos.scheduler_core.domain import UNLIMITED_TOKENS, Profile, StepTimes
 from kairos.scheduler_core.errors import ConfigError
+
+_REPORT_S = 2.0
 
 
 def worker_options(
@@ -40,10 +46,7 @@ def worker_options(
         ConfigError: there is no such group.
         InputError: its step times cannot be loaded.
     """
-    groups: tuple[Group, ...] = getattr(settings.fleet, role)
-    if index >= len(groups):
-        raise ConfigError(f"fleet.{role} has {len(groups)} groups; there is no number {index}")
-    group = groups[index]
+    group = group_of(settings, role, index)
     if bootstrap_port is None:
         bootstrap_port = group.bootstrap_port if isinstance(group, PrefillGroup) else 0
     cached = isinstance(group, ComputesPrompts) and group.prefix_cache
@@ -61,6 +64,27 @@ def worker_options(
     )
 
 
+def group_of(settings: Settings, role: InstanceRole, index: int) -> Group:
+    """The `index`-th group of a role.
+
+    Raises:
+        ConfigError: there is no such group.
+    """
+    groups: tuple[Group, ...] = getattr(settings.fleet, role)
+    if index >= len(groups):
+        raise ConfigError(f"fleet.{role} has {len(groups)} groups; there is no number {index}")
+    return groups[index]
+
+
+def reporting_to(url: str | None, profile: Profile, key: str) -> ControlPlane | None:
+    """The control plane that steps of a profile are sent to; None without an address.
+
+    Raises:
+        ConfigError: it is no address.
+    """
+    return None if url is None else ControlPlane(url, profile, f"emulated-{os.urandom(4).hex()}", key)
+
+
 def _limits(group: Group) -> Limits:
     computes = group if isinstance(group, ComputesPrompts) else None
     decodes = group if isinstance(group, DecodeGroup | MixedGroup) else None
@@ -73,16 +97,18 @@ def _limits(group: Group) -> Limits:
     )
 
 
-def run_worker(options: WorkerOptions) -> None:
-    """Run until SIGTERM or SIGINT. Says on stdout where it listens.
+def run_worker(options: WorkerOptions, plane: ControlPlane | None = None) -> None:
+    """Run until SIGTERM or SIGINT. Says on stdout where it listens; steps are sent to `plane`.
 
     Raises:
         ConfigError: a port cannot be had.
     """
-    uvloop.run(_run(options))
+    if plane is not None:
+        options = replace(options, on_step=plane.note)
+    uvloop.run(_run(options, plane))
 
 
-async def _run(options: WorkerOptions) -> None:
+async def _run(options: WorkerOptions, plane: ControlPlane | None) -> None:
     worker = EmulatedWorker(options)
     ends = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -92,5 +118,18 @@ async def _run(options: WorkerOptions) -> None:
     except OSError as problem:
         raise ConfigError(f"cannot listen on {options.host}:{options.port}: {problem.strerror or problem}") from None
     print(f"{options.engine} {options.role} worker on {worker.address}", flush=True)
-    await ends.wait()
+    if plane is None:
+        await ends.wait()
+    else:
+        await _report(plane, ends)
     await worker.stop(grace_s=1.0)
+
+
+async def _report(plane: ControlPlane, ends: asyncio.Event) -> None:
+    """Send steps until the end, and what is left then; a worker takes no strategy and no model."""
+    while not ends.is_set():
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_REPORT_S):
+                await ends.wait()
+        await asyncio.to_thread(plane.exchange)
+        plane.news.clear()

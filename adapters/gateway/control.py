@@ -8,14 +8,15 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 from kairos.adapters.control_plane import ControlPlane, NewStepTimes, NewStrategy
-from kairos.adapters.gateway.calls import Call
+from kairos.adapters.gateway.calls import Call, Met, Outcome
 from kairos.scheduler_core.config import ControlPlane as Settings
 from kairos.scheduler_core.domain import Profile
-from kairos.scheduler_core.slo import tpot_s
-from kairos.scheduler_core.telemetry import RequestRow
+from kairos.scheduler_core.slo import NO_TARGET_S, tpot_s
+from kairos.scheduler_core.telemetry import RequestRow, RequestStatus
 
 PERIOD_S = 2.0
 
@@ -39,6 +40,7 @@ class ControlLink:
         self._take = take
         self._loop = asyncio.get_running_loop()
         self._ending = threading.Event()
+        self._told = False
         self._thread = threading.Thread(target=self._run, name="kairos-control-plane", daemon=True)
         self._thread.start()
 
@@ -48,47 +50,54 @@ class ControlLink:
         await asyncio.to_thread(self._thread.join, 5.0)
 
     def _run(self) -> None:
-        told = False
-        while True:
-            ending = self._ending.wait(0.0 if not self.plane.counts else PERIOD_S)
-            try:
-                self.plane.exchange()
-            except Exception as problem:  # the thread's top: what it does next time may work
-                if not told:
-                    _log.warning("control plane: %s; said once", problem, exc_info=problem)
-                told = True
-            if ending:
-                return
+        while not self._ending.is_set():
+            self._exchange()
             if self.plane.news:
                 self._loop.call_soon_threadsafe(self._take_up)
+            self._ending.wait(PERIOD_S)
+        self._exchange()
+
+    def _exchange(self) -> None:
+        try:
+            self.plane.exchange()
+        except Exception as problem:  # the thread's top: what it does next time may work
+            if not self._told:
+                _log.warning("control plane: %s; said once", problem, exc_info=problem)
+            self._told = True
 
     def _take_up(self) -> None:
         while self.plane.news:
             self._take(self.plane.news.popleft())
 
 
-def request_row(call: Call, profile: Profile, model_version: str) -> RequestRow | None:
-    """A request that has ended, as telemetry; None for one that was never sent to an engine."""
-    met = call.met
-    if met is None:
-        return None
-    ttft_s = call.first_token_s - call.arrival_s if call.first_token_s else 0.0
-    several = call.body.stream and call.output_tokens > 1 and call.last_token_s > call.first_token_s
-    tpot = tpot_s(call.first_token_s, call.last_token_s, float(call.output_tokens)) if several else 0.0
-    counted = call.usage
-    cached = counted.cached_tokens if counted is not None else None
-    prompt_tokens = counted.prompt_tokens if counted is not None and counted.prompt_tokens else call.prompt_tokens
+_STATUS: dict[Outcome, RequestStatus] = {
+    Outcome.FINISHED: "finished",
+    Outcome.REFUSED: "rejected",
+    Outcome.FAILED: "failed",
+    Outcome.CLIENT_LEFT: "unfinished",
+}
+_NOTHING_MET = Met(0, 0, 0, 0, 0.0)
+
+
+def request_row(call: Call, outcome: Outcome, strategy: str, profile: Profile, model_version: str) -> RequestRow:
+    """A request that has ended, as telemetry."""
+    met = call.met or _NOTHING_MET
+    usage = call.usage
+    prompt_tokens = usage.prompt_tokens if usage is not None and usage.prompt_tokens else call.prompt_tokens
+    cached = (usage.cached_tokens or 0) if usage is not None else 0
+    ttft_s = call.first_token_s - call.arrival_s if call.first_token_s and call.body.stream else 0.0
+    several = ttft_s and call.output_tokens > 1 and call.last_token_s > call.first_token_s
     return RequestRow(
         input_tokens=prompt_tokens,
-        prefix_hit_ratio=min((cached or 0) / max(prompt_tokens, 1), 1.0),
+        prefix_hit_ratio=min(cached / prompt_tokens, 1.0),
         kv_cache_usage=met.kv_usage_share,
         requests_running=met.running,
         requests_waiting=met.waiting,
         prefill_tokens_in_flight=met.prefill_tokens_in_flight,
         decode_tokens_in_flight=met.decode_tokens_in_flight,
-        ttft_ms=ttft_s * 1e3 if ttft_s > 0 and call.body.stream else None,
-        tpot_ms=tpot * 1e3 if tpot > 0 else None,
-        predicted_ttft_ms=call.predicted_ttft_s * 1e3 if call.predicted_ttft_s else None,
+        ttft_ms=_ms(ttft_s),
+        tpot_ms=_ms(tpot_s(call.first_token_s, call.last_token_s, float(call.output_tokens)) if several else 0.0),
+        predicted_ttft_ms=_ms(call.predicted_ttft_s or 0.0),
         model_version=model_version,
         output_tokens=call.output_tokens,
         request_id=call.request_id,
@@ -100,4 +109,17 @@ def request_row(call: Call, profile: Profile, model_version: str) -> RequestRow 
         tp=profile.tp,
         ep=profile.ep,
         engine=profile.engine,
+        arrived_at_s=time.time() - (time.monotonic() - call.arrival_s),
+        status=_STATUS[outcome],
+        ttft_target_ms=_ms(call.ttft_target_s),
+        tpot_target_ms=_ms(call.tpot_target_s),
+        wait_ms=max(call.dispatch_s - call.arrival_s, 0.0) * 1e3 if call.dispatch_s else None,
+        strategy=strategy,
+        prefill_instance=call.prefill.instance_id if call.prefill else "",
+        decode_instance=call.decode.instance_id if call.decode else "",
     )
+
+
+def _ms(seconds: float) -> float | None:
+    """Milliseconds; None for what did not happen, or is no target."""
+    return seconds * 1e3 if 0.0 < seconds < NO_TARGET_S else None

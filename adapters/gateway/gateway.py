@@ -6,9 +6,13 @@ import ssl
 import time
 from collections.abc import Coroutine, Iterator
 
+import msgspec
+
 from kairos.adapters.asgi_server import AsgiServer
+from kairos.adapters.control_plane import NewStrategy
 from kairos.adapters.gateway.app import App
 from kairos.adapters.gateway.calls import Call, Outcome
+from kairos.adapters.gateway.control import ControlLink, News, request_row
 from kairos.adapters.gateway.errors import CallError
 from kairos.adapters.gateway.fleet import Member, StepTimesOf, instance_of, members_of
 from kairos.adapters.gateway.health import Health
@@ -20,6 +24,7 @@ from kairos.adapters.gateway.scheduling import Scheduler
 from kairos.adapters.gateway.tokens import TokenEstimates
 from kairos.adapters.gateway.trust import Trust
 from kairos.scheduler_core.config import GatewaySettings, Settings
+from kairos.scheduler_core.domain import Profile
 from kairos.scheduler_core.errors import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -61,6 +66,10 @@ class Gateway:
         self._members: dict[str, Member] = {}
         self._numbers: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self.control: ControlLink | None = None
+        self._model_versions: dict[str, str] = {}
+        """Of the models that were pulled, by profile id."""
+        self._strategy_pulled = False
 
     async def start(self) -> None:
         """Look for the engines, then listen; requests are taken as soon as an engine is well.
@@ -72,6 +81,9 @@ class Gateway:
         await self._bring_fleet_to(await members_of(self.settings))
         await self.server.start()
         self._in_background(self._sweep())
+        if self.settings.gateway.control_plane is not None:
+            profiles = {m.group.profile: self._profile(m.group.profile) for m in self._members.values()}
+            self.control = ControlLink(self.settings.gateway.control_plane, list(profiles.values()), self._take)
         if any(group.url and group.url.startswith("dns+") for _, _, group in self.settings.fleet.groups()):
             self._in_background(self._resolve())
 
@@ -82,6 +94,8 @@ class Gateway:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self.control is not None:
+            await self.control.close()
         for instance in list(self.scheduler.instances.values()):
             await self.health.forget(instance)
             instance.http.close()
@@ -104,10 +118,27 @@ class Gateway:
         self.app.trust = trust
         self.app.settings = settings.gateway
         self.relay.timeouts = settings.gateway.timeouts
-        if strategy != self.scheduler.decider.strategy:
+        if strategy != self.scheduler.decider.strategy and not self._strategy_pulled:
             self.scheduler.adopt(strategy)
         if self._listener_tls is not None and settings.gateway.tls is not None:
             self._listener_tls.load_cert_chain(settings.gateway.tls.certificate, settings.gateway.tls.key)
+
+    # -- the control plane
+
+    def _take(self, news: News) -> None:
+        """Go on with a strategy or a model that was pulled."""
+        if isinstance(news, NewStrategy):
+            self.scheduler.adopt(msgspec.structs.replace(news.strategy, name=news.known_as))
+            self._strategy_pulled = True
+            return
+        self._model_versions[news.profile_id] = news.version
+        for instance in self.scheduler.instances.values():
+            if self._profile(instance.group.profile).profile_id == news.profile_id:
+                instance.predict_with(news.step_times)
+        self.scheduler.rebuild()
+
+    def _profile(self, name: str) -> Profile:
+        return self.settings.profiles[name].as_profile()
 
     # -- the fleet
 
@@ -193,6 +224,12 @@ class Gateway:
 
     def _ended(self, call: Call, outcome: Outcome, code: str) -> None:
         self.metrics.ended(call, outcome, code)
+        if self.control is not None:
+            serving = call.prefill or next((i for i in self.scheduler.instances.values() if i.prefill), None)
+            profile = self._profile(serving.group.profile) if serving else Profile("", call.model)
+            version = self._model_versions.get(profile.profile_id, "")
+            strategy = self.scheduler.decider.strategy.name
+            self.control.plane.note_request(request_row(call, outcome, strategy, profile, version))
 
     def _metrics_text(self) -> str:
         return exposition(self.metrics, self._gauges())
@@ -208,6 +245,16 @@ class Gateway:
         for policy, count in scheduler.fallbacks.items():
             text = "decisions in which a policy was replaced"
             yield "kairos_gateway_fallbacks_total", text, (("policy", policy),), count
+        for profile_id, version in self._model_versions.items():
+            labels = (("profile", profile_id), ("version", version))
+            yield "kairos_gateway_model", "the model in force, once one was pulled", labels, 1
+        if self.control is not None:
+            plane = self.control.plane
+            age_s = float("inf") if plane.reached_s is None else time.time() - plane.reached_s
+            yield "kairos_gateway_control_plane_age_seconds", "since it answered", (), age_s
+            for what, count in sorted(plane.counts.items()):
+                name, text = "kairos_gateway_control_plane_total", "rows and answers, by what became of them"
+                yield name, text, (("what", what),), count
         yield from instance_gauges(scheduler.instances.values())
 
 

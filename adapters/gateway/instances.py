@@ -195,6 +195,13 @@ class LiveInstance:
         self.prefill = _prefill_side(instance_id, group, step_times, control)
         self.decode = _decode_side(instance_id, group, step_times, control)
 
+    def predict_with(self, step_times: StepTimes) -> None:
+        """Predict with other step times from the next layout of the queues on."""
+        if self.prefill is not None:
+            self.prefill.instance = msgspec.structs.replace(self.prefill.instance, step_times=step_times)
+        if self.decode is not None:
+            self.decode.instance = msgspec.structs.replace(self.decode.instance, step_times=step_times)
+
     @property
     def bootstrap_port(self) -> int:
         """Where decode instances ask a prefill instance for KV; 0 on others."""

@@ -131,8 +131,8 @@ class Relay:
                 call.attempts -= 1
             if reply.began or call.attempts >= _ATTEMPTS or not error.may_retry:
                 raise error
-            self.retries += 1
             self._scheduler.again(call)
+            self.retries += 1
 
     async def _attempt(self, call: Call, reply: Reply) -> None:
         if call.prefill is None:
