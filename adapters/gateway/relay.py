@@ -31,16 +31,18 @@ _JSON = b"application/json"
 class Reply:
     """The answer to the client; its head goes out with the first bytes."""
 
-    __slots__ = ("_call", "_send", "began")
+    __slots__ = ("_call", "_send", "began", "ended")
 
     def __init__(self, call: Call, send: Send) -> None:
         self._call = call
         self._send = send
         self.began = False
+        self.ended = False
+        """All of it has gone out: that the client leaves now is no loss."""
 
     async def whole(self, status: int, body: bytes, extra: tuple[tuple[bytes, bytes], ...] = ()) -> None:
         """An answer in one piece."""
-        self.began = True
+        self.began = self.ended = True
         length = (b"content-length", b"%d" % len(body))
         headers = [(b"content-type", _JSON), length, *told(self._call), *extra]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
@@ -61,6 +63,7 @@ class Reply:
 
     async def end(self) -> None:
         """The end of a stream."""
+        self.ended = True
         await self._send({"type": "http.response.body", "body": b""})
 
     async def error(self, error: CallError) -> None:

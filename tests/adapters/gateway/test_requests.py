@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from emulated import MODEL, call, events, run
+from emulated import MODEL, call, events, run, until
 from gateways import KINDS, behind_gateway
 
 COMPLETION = {"model": MODEL, "prompt": "x" * 40, "max_tokens": 4}
@@ -40,3 +40,16 @@ def test_the_usage_that_was_asked_for_comes_through(kind: str) -> None:
     told = events(run(ask(kind, "/v1/completions", asked))[1])
 
     assert told[-2]["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_was_answered_counts_as_finished(kind: str, stream: bool) -> None:
+    async def work() -> dict[tuple[str, str], int]:
+        async with behind_gateway(*KINDS[kind]) as (gateway, _):
+            for _ in range(3):
+                await call(gateway.server.address, "/v1/completions", COMPLETION | {"stream": stream})
+            await until(lambda: not gateway.app.calls)
+            return dict(gateway.metrics.outcomes)
+
+    assert run(work()) == {("finished", ""): 3}
