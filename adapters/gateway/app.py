@@ -112,7 +112,7 @@ class App:
             return
         reply = Reply(call, send)
         call.task = asyncio.current_task()
-        gone = loop.create_task(_gone(call, reply, receive))
+        gone = loop.create_task(_gone(call, receive))
         self.calls[call.number] = call
         outcome, code = Outcome.FINISHED, ""
         try:
@@ -262,12 +262,11 @@ class App:
         return min(able, key=lambda instance: (instance.role != "mixed", instance.requests))
 
 
-async def _gone(call: Call, reply: Reply, receive: Receive) -> None:
+async def _gone(call: Call, receive: Receive) -> None:
     """Stop a request when its client leaves; a server says the same when the answer is complete."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    if not reply.ended:
-        call.interrupt(CallError(499, "client_left", "the client left"))
+    call.interrupt(CallError(499, "client_left", "the client left"))
 
 
 def _outcome_of(error: CallError, call: Call) -> Outcome:

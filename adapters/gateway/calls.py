@@ -29,6 +29,7 @@ class Call:
     """A request for tokens. Owned by the task that serves it; times are monotonic seconds."""
 
     __slots__ = (
+        "answered",
         "arrival_s",
         "attempts",
         "blocks",
@@ -88,6 +89,8 @@ class Call:
         self.turn: asyncio.Future[None] | None = None
         """Resolved when an instance takes it; its exception when none will."""
         self.task: asyncio.Task[None] | None = None
+        self.answered = False
+        """All of the answer has gone out: that its client leaves now, or its time is over, is no loss."""
         self.attempts = 0
         self.failed_on: set[str] = set()
         """Instances that a first attempt failed on."""
@@ -124,8 +127,8 @@ class Call:
         return self.prompt_tokens + self.output_tokens
 
     def interrupt(self, reason: CallError) -> None:
-        """Stop the task that serves it, for a reason."""
-        if self.interruption is None and self.task is not None:
+        """Stop the task that serves it, for a reason, unless it has done its work."""
+        if self.interruption is None and self.task is not None and not self.answered:
             self.interruption = reason
             self.task.cancel()
 

@@ -31,18 +31,16 @@ _JSON = b"application/json"
 class Reply:
     """The answer to the client; its head goes out with the first bytes."""
 
-    __slots__ = ("_call", "_send", "began", "ended")
+    __slots__ = ("_call", "_send", "began")
 
     def __init__(self, call: Call, send: Send) -> None:
         self._call = call
         self._send = send
         self.began = False
-        self.ended = False
-        """All of it has gone out: that the client leaves now is no loss."""
 
     async def whole(self, status: int, body: bytes, extra: tuple[tuple[bytes, bytes], ...] = ()) -> None:
         """An answer in one piece."""
-        self.began = self.ended = True
+        self.began = self._call.answered = True
         length = (b"content-length", b"%d" % len(body))
         headers = [(b"content-type", _JSON), length, *told(self._call), *extra]
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
@@ -63,11 +61,13 @@ class Reply:
 
     async def end(self) -> None:
         """The end of a stream."""
-        self.ended = True
+        self._call.answered = True
         await self._send({"type": "http.response.body", "body": b""})
 
     async def error(self, error: CallError) -> None:
-        """An error: an answer of its own, or the event that ends a stream."""
+        """An error: an answer of its own, or the event that ends a stream; nothing after the end."""
+        if self._call.answered:
+            return
         if self.began:
             await self.piece(error_event(error))
             await self.end()
