@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable
 
 from kairos.adapters.gateway.errors import CallError
@@ -14,6 +15,9 @@ _log = logging.getLogger(__name__)
 
 _PROBE_S = 2.0
 """An engine that takes longer to say that it is well is not."""
+
+_MISSES = 3
+"""Health checks in a row without an answer, after which an engine counts as hung; one alone may be a busy machine."""
 
 KNOWN: dict[str, re.Pattern[str]] = {
     "vllm": re.compile(r"0\.(1[2-9]|2\d|3[0-3])\."),
@@ -46,6 +50,7 @@ class Health:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._hurry: dict[str, asyncio.Event] = {}
         self._generated: dict[str, float] = {}
+        self._missed = Counter[str]()
 
     def watch(self, instance: LiveInstance) -> None:
         """Look after one more."""
@@ -95,9 +100,13 @@ class Health:
         except CallError as problem:
             self._set(instance, State.REFUSED, problem.message)
         except UpstreamError as problem:
+            self._missed[instance.instance_id] += problem.kind == "timeout"
+            if problem.kind == "timeout" and self._missed[instance.instance_id] < _MISSES and instance.is_ready:
+                return
             instance.version = ""  # it may come back as another
             self._set(instance, State.DOWN, _DOWN[problem.kind])
         else:
+            self._missed[instance.instance_id] = 0
             self._set(instance, State.READY, "")
 
     def _set(self, instance: LiveInstance, state: State, problem: str) -> None:

@@ -14,7 +14,8 @@ from kairos.adapters.asgi_server import AsgiServer
 from kairos.adapters.emulator.faults import Fault, Faults
 from kairos.adapters.emulator.gpu import Limits
 from kairos.adapters.emulator.worker import EmulatedWorker
-from kairos.adapters.gateway.asgi import answer
+from kairos.adapters.gateway import health
+from kairos.adapters.gateway.asgi import answer, read_body
 from kairos.adapters.gateway.gateway import Gateway
 from kairos.adapters.http_client import HttpPool, UpstreamError
 
@@ -198,6 +199,33 @@ def test_an_engine_that_hangs_is_found_out_and_its_requests_end() -> None:
             return status, code_of(body)
 
     assert run(work()) == (504, "engine_timeout")
+
+
+def test_an_engine_that_answers_no_health_check_any_more_loses_its_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "_PROBE_S", 0.2)
+    hangs = False
+
+    async def engine(scope: Any, receive: Any, send: Any) -> None:
+        if scope["method"] == "GET" and not hangs:
+            await answer(send, 200, b'{"version": "0.32.0"}')
+            return
+        await read_body(receive, {}, 10**6, 1.0)
+        await receive()
+
+    async def work() -> tuple[int, str, int]:
+        nonlocal hangs
+        server = AsgiServer(engine)
+        await server.start()
+        async with running_gateway(settings_for({"mixed": [{"profile": "p", "url": server.address}]})) as gateway:
+            request = asyncio.ensure_future(call(gateway.server.address, "/v1/completions", asked()))
+            await until(lambda: bool(gateway.app.calls))
+            hangs = True
+            status, body = await request
+            count = len(gateway.app.calls)
+        await server.stop()
+        return status, code_of(body), count
+
+    assert run(work()) == (503, "no_instance", 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])
