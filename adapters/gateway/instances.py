@@ -62,8 +62,8 @@ class PrefillSide:
 
     @property
     def free_at_s(self) -> float:
-        """Predicted end of all that is there; 0 when there is nothing."""
-        return max(self.flights.values(), default=0.0)
+        """Predicted end of all that is there, which is that of the last one sent; 0 when there is nothing."""
+        return next(reversed(self.flights.values()), 0.0)
 
     def has_room(self) -> bool:
         """Whether one more may be sent."""

@@ -123,7 +123,7 @@ class Pool:
         for instance in self.instances:
             side = side_of(instance)
             if instance is not asking:
-                free_at_s = now_s if side.has_room() else min(side.flights.values())
+                free_at_s = now_s if side.has_room() else next(iter(side.flights.values()))
                 seconds = None if side.group == asking_side.group else self._seconds_on(side)
                 saved = None if side.index is None else self._saved_on(side, asking_side)
                 peers.append(Peer(instance.instance_id, free_at_s, side.lane.own.by_deadline, seconds, saved))
