@@ -13,18 +13,23 @@ import httpx
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "examples" / "kairos.yaml"
-SERVE = [sys.executable, "-c", "from kairos.adapters.cli import main; main()", "serve", "--config", str(CONFIG)]
+PROGRAM = [sys.executable, "-c", "from kairos.adapters.cli import main; main()", "serve", "--config"]
+SERVE = [*PROGRAM, str(CONFIG)]
 
 
 @contextmanager
-def served(environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+def served(
+    environment: Mapping[str, str] | None = None, config: Path = CONFIG
+) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     """A running service on a free port: its address, and the process. Environment None: this process's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    sources = {"PYTHONPATH": str(ROOT / "src")}
-    environment = dict(os.environ if environment is None else environment) | sources
-    process = subprocess.Popen([*SERVE, "--port", str(port)], stderr=subprocess.PIPE, text=True, env=environment)
+    here = {"PYTHONPATH": str(ROOT / "src"), "KAIROS_SERVICE__DRAIN_NOTICE_S": "0"}
+    environment = here | dict(os.environ if environment is None else environment)
+    process = subprocess.Popen(
+        [*PROGRAM, str(config), "--port", str(port)], stderr=subprocess.PIPE, text=True, env=environment
+    )
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
@@ -36,5 +41,6 @@ def served(environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, 
                 time.sleep(0.1)
         yield address, process
     finally:
-        process.terminate()
-        process.communicate(timeout=20)
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=20)
