@@ -384,8 +384,3 @@ class _Connection(asyncio.Protocol):
             self._pool.release(self)
         else:
             self.abort()
-
-
-def tls_context(ca_file: str | None) -> ssl.SSLContext:
-    """A context that checks certificates against a file, or against the system's."""
-    return ssl.create_default_context(cafile=ca_file)

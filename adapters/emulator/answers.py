@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from kairos.adapters.asgi import Send, answer
 from kairos.adapters.emulator.gpu import Job
 
 
@@ -69,6 +70,11 @@ def usage(jobs: Sequence[Job]) -> dict[str, Any]:
         "total_tokens": prompt + output,
         "prompt_tokens_details": {"cached_tokens": sum(job.cached_tokens for job in jobs)},
     }
+
+
+async def answer_json(send: Send, status: int, body: dict[str, Any]) -> None:
+    """Answer with JSON."""
+    await answer(send, status, json.dumps(body).encode())
 
 
 def event(body: dict[str, Any]) -> bytes:

@@ -3,16 +3,18 @@
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import uuid4
 
+from kairos.adapters.asgi import Receive, Scope, Send, answer, body_of, unless_gone
 from kairos.adapters.asgi_server import AsgiServer
-from kairos.adapters.emulator.answers import DONE, Answer, error, event
+from kairos.adapters.emulator.answers import Answer, answer_json, error
 from kairos.adapters.emulator.faults import Fault, Faults
+from kairos.adapters.emulator.generation import HANDSHAKE_S, Generation
 from kairos.adapters.emulator.gpu import Job, Limits, VirtualGpu
-from kairos.adapters.emulator.handshakes import Connector, Leg, leg_of, nixl_params
+from kairos.adapters.emulator.handshakes import Connector, Leg, leg_of
 from kairos.adapters.emulator.kv import KvDesk
 from kairos.adapters.emulator.metrics import loads, metrics_text
 from kairos.adapters.emulator.prompts import (
@@ -25,7 +27,7 @@ from kairos.adapters.emulator.prompts import (
 )
 from kairos.adapters.http_client import HttpPool, UpstreamError
 from kairos.scheduler_core.config import KvTransfer
-from kairos.scheduler_core.domain import UNLIMITED_TOKENS, StepTimes
+from kairos.scheduler_core.domain import StepTimes
 from kairos.scheduler_core.errors import ConfigError
 from kairos.scheduler_core.prefix_cache import PrefixCache
 from kairos.scheduler_core.telemetry import StepRecord
@@ -34,13 +36,6 @@ Engine = Literal["vllm", "sglang"]
 Role = Literal["prefill", "decode", "mixed"]
 
 VERSIONS: dict[Engine, str] = {"vllm": "0.32.0", "sglang": "0.5.23"}
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-_HANDSHAKE_S = 300.0
-"""How long one leg waits for the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +77,12 @@ class EmulatedWorker:
         self.faults = Faults(options.faults, options.seed)
         self.engine_id = uuid4().hex
         self.requests = 0
-        self._cache = (
-            PrefixCache(min(options.limits.kv_tokens, UNLIMITED_TOKENS), BLOCK_TOKENS) if options.prefix_cache else None
-        )
-        self._connector: Connector | None = None
+        self._cache = PrefixCache(options.limits.kv_tokens, BLOCK_TOKENS) if options.prefix_cache else None
+        self.connector: Connector | None = None
         if options.role != "mixed":
-            self._connector = "sglang" if options.engine == "sglang" else options.connector
+            self.connector = "sglang" if options.engine == "sglang" else options.connector
         self.server = AsgiServer(self, options.host, options.port, keep_alive_s=5)
-        bootstraps = options.role == "prefill" and self._connector in ("mooncake", "sglang")
+        bootstraps = options.role == "prefill" and self.connector in ("mooncake", "sglang")
         self.bootstrap = AsgiServer(self, options.host, options.bootstrap_port, keep_alive_s=5) if bootstraps else None
         self._sources: dict[str, HttpPool] = {}
         self._routes: dict[tuple[str, str], Callable[[Scope, Receive, Send], Coroutine[Any, Any, None]]] = {
@@ -139,57 +132,57 @@ class EmulatedWorker:
         if route is None and scope["path"].startswith("/emulated/kv/"):
             route = self._kv
         if route is None:
-            await _answer(send, 404, {"detail": "Not Found"})
+            await answer_json(send, 404, {"detail": "Not Found"})
             return
         await route(scope, receive, send)
 
     # -- what an engine says of itself
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _answer(send, 200, {})
+        await answer_json(send, 200, {})
 
     async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _reply(send, 200, metrics_text(self).encode(), b"text/plain; version=0.0.4")
+        await answer(send, 200, metrics_text(self).encode(), b"text/plain; version=0.0.4")
 
     async def _models(self, scope: Scope, receive: Receive, send: Send) -> None:
         data = [{"id": model, "object": "model", "owned_by": self.options.engine} for model in self.options.models]
-        await _answer(send, 200, {"object": "list", "data": data})
+        await answer_json(send, 200, {"object": "list", "data": data})
 
     async def _version(self, scope: Scope, receive: Receive, send: Send) -> None:
         if (scope["path"] == "/version") != (self.options.engine == "vllm"):
-            await _answer(send, 404, {"detail": "Not Found"})
+            await answer_json(send, 404, {"detail": "Not Found"})
             return
-        await _answer(send, 200, {"version": VERSIONS[self.options.engine]})
+        await answer_json(send, 200, {"version": VERSIONS[self.options.engine]})
 
     async def _loads(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.options.engine != "sglang":
-            await _answer(send, 404, {"detail": "Not Found"})
+            await answer_json(send, 404, {"detail": "Not Found"})
             return
-        await _answer(send, 200, loads(self))
+        await answer_json(send, 200, loads(self))
 
     async def _query(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _answer(send, 200, {"0": {"engine_id": self.engine_id}})
+        await answer_json(send, 200, {"0": {"engine_id": self.engine_id}})
 
     async def _set_faults(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            shares = json.loads(await _read(receive))
+            shares = json.loads(await body_of(receive))
             self.faults.set({Fault(kind): float(share) for kind, share in shares.items()})
         except (ValueError, AttributeError, TypeError, ConfigError) as problem:
-            await _answer(send, 400, error(400, str(problem)))
+            await answer_json(send, 400, error(400, str(problem)))
             return
-        await _answer(send, 200, {})
+        await answer_json(send, 200, {})
 
     async def _embeddings(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _read(receive)
+        await body_of(receive)
         data = [{"object": "embedding", "index": 0, "embedding": [0.0, 1.0]}]
-        await _answer(send, 200, {"object": "list", "data": data, "model": self.options.models[0]})
+        await answer_json(send, 200, {"object": "list", "data": data, "model": self.options.models[0]})
 
     # -- KV between workers
 
     async def _kv(self, scope: Scope, receive: Receive, send: Send) -> None:
         """`POST /emulated/kv/KEY/take|renew|wait`: what the engines' own transfer does outside HTTP."""
         key, _, action = scope["path"].removeprefix("/emulated/kv/").partition("/")
-        await _read(receive)
+        await body_of(receive)
         now_s = time.monotonic()
         taken = True
         if action == "renew":
@@ -197,19 +190,18 @@ class EmulatedWorker:
         elif action == "take":
             taken = self.desk.take(key, now_s)
         else:
-            waiting = asyncio.ensure_future(self.desk.wait_and_take(key, _HANDSHAKE_S))
-            taken = await _unless_gone(waiting, receive) or False
-        await _answer(send, 200, {"taken": taken})
+            taken = await unless_gone(self.desk.wait_and_take(key, HANDSHAKE_S), receive) or False
+        await answer_json(send, 200, {"taken": taken})
 
     async def _ask(self, leg: Leg, action: str) -> bool:
         pool = self._sources.get(leg.source)
         if pool is None:
             pool = self._sources[leg.source] = HttpPool(leg.source)
         path = f"/emulated/kv/{leg.key}/{action}".encode()
-        answer = await pool.send(b"POST", path, first_byte_s=_HANDSHAKE_S)
+        answer = await pool.send(b"POST", path, first_byte_s=HANDSHAKE_S)
         return bool(json.loads(await answer.body())["taken"])
 
-    async def _fetch(self, leg: Leg, job: Job) -> None:
+    async def fetch(self, leg: Leg, job: Job) -> None:
         """Bring the KV of a prompt here; raises UpstreamError when its holder is gone or gives it up."""
         renewed_s = time.monotonic()
         while not self._room_for(job):  # held by its producer until there is room, renewed only while we step
@@ -242,10 +234,10 @@ class EmulatedWorker:
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send, chat: bool) -> None:
         self.requests += 1
-        raw = await _read(receive)
+        raw = await body_of(receive)
         fault = self.faults.draw()
         if fault is Fault.REFUSE:
-            await _answer(send, 503, error(503, "refused on purpose"))
+            await answer_json(send, 503, error(503, "refused on purpose"))
             return
         if fault is Fault.HANG:
             await receive()
@@ -257,27 +249,26 @@ class EmulatedWorker:
             body = json.loads(raw)
             model = body.get("model")
             if model not in self.options.models:
-                await _answer(send, 404, error(404, f"The model `{model}` does not exist."))
+                await answer_json(send, 404, error(404, f"The model `{model}` does not exist."))
                 return
             prompts = prompts_of(body, chat)
-            leg = leg_of(body, self._connector)
+            leg = leg_of(body, self.connector)
             jobs = self._jobs(prompts, sequences_a_prompt(body), output_limit(body), body, fault)
             if leg is not None and len(jobs) > 1:
                 raise BadRequest("several sequences cannot be handed over")
         except (BadRequest, ValueError, AttributeError) as problem:
-            await _answer(send, 400, error(400, str(problem)))
+            await answer_json(send, 400, error(400, str(problem)))
             return
         except TypeError as problem:
-            await _answer(send, 500, error(500, str(problem)))
+            await answer_json(send, 500, error(500, str(problem)))
             return
         if leg is not None and self.options.role == "prefill":
             leg = Leg(True, leg.key, needs_decode_first=leg.needs_decode_first)
         headers = dict(scope["headers"])
-        answer = Answer(headers.get(b"x-request-id", uuid4().hex.encode()).decode("latin-1"), str(model), chat)
-        run = _Generation(self, answer, jobs, leg, body, fault, scope["client"])
-        work = asyncio.ensure_future(run.go(send))
+        says = Answer(headers.get(b"x-request-id", uuid4().hex.encode()).decode("latin-1"), str(model), chat)
+        run = Generation(self, says, jobs, leg, body, fault, scope["client"])
         try:
-            await _unless_gone(work, receive)
+            await unless_gone(run.go(send), receive)
         finally:
             for job in jobs:
                 self.gpu.abort(job)
@@ -308,146 +299,3 @@ class EmulatedWorker:
         hit = self._cache.hit_tokens(prompt.blocks, prompt.tokens)
         self._cache.use(prompt.blocks)
         return hit
-
-
-class _Generation:
-    """One request from its sequences to its answer."""
-
-    def __init__(
-        self,
-        worker: EmulatedWorker,
-        answer: Answer,
-        jobs: list[Job],
-        leg: Leg | None,
-        body: dict[str, Any],
-        fault: Fault | None,
-        client: tuple[str, int],
-    ) -> None:
-        self._worker, self._answer, self._jobs, self._leg = worker, answer, jobs, leg
-        self._fault, self._client = fault, client
-        self._streams = bool(body.get("stream"))
-        options = body.get("stream_options") or {}
-        self._usage = bool(options.get("include_usage")) if isinstance(options, dict) else False
-        self.held = False
-        """The KV waits to be taken."""
-
-    async def go(self, send: Send) -> None:
-        """Compute, and answer as it goes."""
-        try:
-            await self._begin(send)
-            if self._streams:
-                await self._stream(send)
-            else:
-                await self._whole(send)
-        except UpstreamError as problem:
-            await self._fail(send, str(problem))
-
-    async def _begin(self, send: Send) -> None:
-        gpu, leg = self._worker.gpu, self._leg
-        if leg is None:
-            for job in self._jobs:
-                gpu.compute(job)
-            return
-        job = self._jobs[0]
-        if leg.produces:
-            job.output_tokens = 1
-            held = self._worker.desk.expect(leg.key)
-            if leg.needs_decode_first:
-                async with asyncio.timeout(_HANDSHAKE_S):
-                    await held.asked.wait()
-            gpu.compute(job)
-            return
-        if self._streams:  # an engine answers before the KV is there; what fails then is an event
-            await self._head(send)
-        await self._worker._fetch(leg, job)
-        gpu.resume(job)
-
-    async def _head(self, send: Send) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-
-    async def _stream(self, send: Send) -> None:
-        if self._leg is None or self._leg.produces:
-            await self._head(send)
-        for index in range(len(self._jobs)):
-            if opening := self._answer.opening(index):
-                await send({"type": "http.response.body", "body": opening, "more_body": True})
-        if self._fault is Fault.SSE_ERROR:
-            await self._fail(send, "failed on purpose")
-            return
-        await asyncio.gather(*(self._relay(index, job, send) for index, job in enumerate(self._jobs)))
-        self._handed_over()
-        last = self._answer.usage_event(self._jobs) if self._usage else b""
-        await send({"type": "http.response.body", "body": last + DONE})
-
-    async def _relay(self, index: int, job: Job, send: Send) -> None:
-        said = 0
-        while count := await job.next_tokens():
-            body = self._answer.tokens(index, said + 1, count, job.ended)
-            said += count
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-            if self._fault is Fault.CUT:
-                self._worker.server.cut(self._client)
-
-    async def _whole(self, send: Send) -> None:
-        for job in self._jobs:
-            while await job.next_tokens():
-                pass
-        if self._fault is Fault.CUT:
-            self._worker.server.cut(self._client)
-            return
-        if self._fault is Fault.SSE_ERROR:
-            await self._fail(send, "failed on purpose")
-            return
-        await _answer(send, 200, self._answer.whole(self._jobs, self._handed_over()))
-
-    def _handed_over(self) -> dict[str, Any] | None:
-        """Hold the KV for the decode leg; what NIXL tells it."""
-        leg, worker = self._leg, self._worker
-        if leg is None or not leg.produces:
-            return None
-        self.held = True
-        tokens = self._jobs[0].prompt_tokens
-        worker.desk.hold(leg.key, tokens, time.monotonic())
-        if worker._connector != "nixl":
-            return None
-        expires_at_s = time.time() + worker.options.lease_s
-        return nixl_params(worker.engine_id, leg.key, worker.server.host, worker.server.port, tokens, expires_at_s)
-
-    async def _fail(self, send: Send, message: str) -> None:
-        if self._streams:
-            await send({"type": "http.response.body", "body": event(error(500, message)) + DONE})
-        else:
-            await _answer(send, 500, error(500, message))
-
-
-async def _read(receive: Receive) -> bytes:
-    parts: list[bytes] = []
-    while True:
-        message = await receive()
-        parts.append(message.get("body", b""))
-        if not message.get("more_body"):
-            return b"".join(parts)
-
-
-async def _unless_gone(work: "asyncio.Future[Any]", receive: Receive) -> Any:
-    """The result of some work; None, and the work is cancelled, when the client goes before."""
-    gone = asyncio.ensure_future(receive())
-    try:
-        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-        return await work if work.done() else None
-    finally:
-        gone.cancel()
-        if not work.done():
-            work.cancel()
-            await asyncio.gather(work, return_exceptions=True)
-
-
-async def _answer(send: Send, status: int, body: dict[str, Any]) -> None:
-    await _reply(send, status, json.dumps(body).encode(), b"application/json")
-
-
-async def _reply(send: Send, status: int, body: bytes, content_type: bytes) -> None:
-    headers = [(b"content-type", content_type), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

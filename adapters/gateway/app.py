@@ -7,9 +7,9 @@ import re
 import time
 from collections.abc import Callable
 
+from kairos.adapters.asgi import Headers, Receive, Scope, Send, answer, unless_gone
 from kairos.adapters.gateway import dialects
-from kairos.adapters.gateway.asgi import Headers, Receive, Scope, Send, answer, read_body
-from kairos.adapters.gateway.bodies import Body
+from kairos.adapters.gateway.bodies import Body, read_body
 from kairos.adapters.gateway.calls import Call, Outcome
 from kairos.adapters.gateway.errors import CallError, EngineRefusal, error_body
 from kairos.adapters.gateway.instances import LiveInstance
@@ -209,25 +209,33 @@ class App:
         """Relay a request as it is, to the least loaded instance that serves its model."""
         headers: Headers = dict(scope["headers"])
         self._metrics.relayed[scope["path"]] += 1
-        instance = None
-        began = False
         try:
             if self.draining:
                 raise CallError(503, "shutting_down", "the gateway is ending", 1)
             self.trust.identify(headers, _client(scope))
-            timeouts = self.settings.timeouts
-            raw = await read_body(receive, headers, self.settings.max_body_bytes, timeouts.idle_s)
+            raw = await read_body(receive, headers, self.settings.max_body_bytes, self.settings.timeouts.idle_s)
             instance = self._least_loaded(_model_of(headers, raw))
-            self.others += 1
-            instance.relayed += 1
-            target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
+        except CallError as problem:
+            await _refuse(send, problem)
+            return
+        self.others += 1
+        instance.relayed += 1
+        try:
+            await unless_gone(self._relay_to(instance, scope, raw, send), receive)
+        finally:
+            self.others -= 1
+            instance.relayed -= 1
+
+    async def _relay_to(self, instance: LiveInstance, scope: Scope, raw: bytes, send: Send) -> None:
+        began = False
+        try:
             response = await instance.http.send(
                 b"POST",
-                target,
+                scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b""),
                 dialects.passed_on(_public(scope["headers"]), instance),
                 raw,
-                first_byte_s=timeouts.total_s,
-                idle_s=timeouts.idle_s,
+                first_byte_s=self.settings.timeouts.total_s,
+                idle_s=self.settings.timeouts.idle_s,
             )
             try:
                 if response.status in (401, 403):
@@ -241,15 +249,11 @@ class App:
             finally:
                 response.close()
         except (CallError, UpstreamError) as problem:
-            if began:
+            if began:  # the connection ends: only so does the client learn that there should be more
                 raise ConnectionAbortedError("the engine's answer ended before its end") from None
             if isinstance(problem, UpstreamError):
                 problem = CallError(502, "engine_lost", "the engine did not answer")
             await _refuse(send, problem)
-        finally:
-            if instance is not None:
-                self.others -= 1
-                instance.relayed -= 1
 
     def _least_loaded(self, model: str) -> LiveInstance:
         ready = [instance for instance in self._scheduler.instances.values() if instance.is_ready]

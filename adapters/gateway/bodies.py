@@ -3,11 +3,13 @@
 Nothing here keeps or logs what a prompt says.
 """
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from kairos.adapters.asgi import Headers, Receive
 from kairos.adapters.gateway.errors import CallError
 
 _STRIPPED = frozenset(
@@ -194,3 +196,40 @@ def _parts(messages: object) -> list[object]:
             text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
             parts.append(text)
     return parts
+
+
+async def read_body(receive: Receive, headers: Headers, limit_bytes: int, idle_s: float) -> bytes:
+    """The body of a request.
+
+    Raises:
+        CallError: it is too large, comes too slowly, or its client left.
+    """
+    declared = headers.get(b"content-length", b"")
+    if declared.isdigit() and int(declared) > limit_bytes:
+        raise _too_large(limit_bytes)
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body"):
+        body: bytes = message.get("body", b"")
+        if len(body) > limit_bytes:
+            raise _too_large(limit_bytes)
+        return body
+    parts: list[bytes] = []
+    size = 0
+    try:
+        while True:
+            if message["type"] == "http.disconnect":
+                raise CallError(499, "client_left", "the client left")
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > limit_bytes:
+                raise _too_large(limit_bytes)
+            if not message.get("more_body"):
+                return b"".join(parts)
+            async with asyncio.timeout(idle_s):
+                message = await receive()
+    except TimeoutError:
+        raise CallError(408, "body_too_slow", f"no piece of the body came for {idle_s:g} s") from None
+
+
+def _too_large(limit_bytes: int) -> CallError:
+    return CallError(413, "body_too_large", f"the body is larger than {limit_bytes} bytes")

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -25,8 +25,8 @@ class Member(NamedTuple):
     group: Group
 
 
-async def members_of(settings: Settings) -> list[Member]:
-    """The engines of the configuration, `dns+` addresses resolved.
+async def members_of(settings: Settings, before: Iterable[Member] = ()) -> list[Member]:
+    """The engines of the configuration, `dns+` addresses resolved; a name that is unknown now keeps those of `before`.
 
     Raises:
         ConfigError: there is none, or two are at one address.
@@ -36,7 +36,8 @@ async def members_of(settings: Settings) -> list[Member]:
         if group.url is None:
             continue
         if group.url.startswith("dns+"):
-            members += [Member(role, url, group) for url in await _resolved(group.url.removeprefix("dns+"))]
+            found = [Member(role, url, group) for url in await _resolved(group.url.removeprefix("dns+"))]
+            members += found or [member for member in before if (member.role, member.group) == (role, group)]
         else:
             members.append(Member(role, group.url.rstrip("/"), group))
     urls = [member.url for member in members]

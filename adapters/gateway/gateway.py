@@ -107,7 +107,7 @@ class Gateway:
             KairosError: they cannot be used; nothing has changed.
         """
         strategy = settings.strategies[settings.active].as_strategy(settings.active).check()
-        members = await members_of(settings)
+        members = await members_of(settings, self._members.values())
         trust = Trust(settings.gateway, settings.slo)
         before, self.settings = self.settings, settings
         try:
@@ -196,7 +196,7 @@ class Gateway:
     async def _resolve(self) -> None:
         while True:
             await asyncio.sleep(_RESOLVE_S)
-            await self._bring_fleet_to(await members_of(self.settings))
+            await self._bring_fleet_to(await members_of(self.settings, self._members.values()))
 
     # -- time
 

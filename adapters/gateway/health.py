@@ -161,8 +161,11 @@ class Health:
         for name, value in _SAMPLE.findall(body.decode("utf-8", "replace")):
             sums[name] = sums.get(name, 0.0) + float(value)
         instance.scraped = scraped(instance.engine, sums)
-        generated = sums.get(f"{instance.engine}:generation_tokens_total", 0.0)
-        if instance.decode is not None and generated > self._generated.get(instance.instance_id, 0.0):
+        generated = sums.get(f"{instance.engine}:generation_tokens_total")
+        if instance.decode is None or generated is None:
+            return
+        instance.decode.tells_steps = True
+        if generated > self._generated.get(instance.instance_id, 0.0):
             instance.decode.last_token_s = self._clock()
         self._generated[instance.instance_id] = generated
 

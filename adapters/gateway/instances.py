@@ -96,6 +96,8 @@ class DecodeSide:
         """Of the residents."""
         self.last_token_s = 0.0
         """When anything came from here last: a sign that it steps."""
+        self.tells_steps = False
+        """Its metrics count the tokens that it generates."""
         self._targets: Counter[float] = Counter()
 
     @property

@@ -139,6 +139,8 @@ def instance_gauges(instances: Iterable[LiveInstance]) -> Iterator[tuple[str, st
             "of its KV cache, by its own word",
             lambda i: i.scraped.kv_usage_share,
         ),
+        ("kairos_gateway_instance_running", "requests that run there, by its own word", lambda i: i.scraped.running),
+        ("kairos_gateway_instance_waiting", "requests that wait there, by its own word", lambda i: i.scraped.waiting),
         ("kairos_gateway_instance_kv_expired_total", "KV that nobody took in time", lambda i: i.scraped.kv_expired),
     ):
         for instance in known:

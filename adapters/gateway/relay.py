@@ -6,9 +6,9 @@ what fails has a status of its own. From then on bytes pass as they come.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable
 
+from kairos.adapters.asgi import Send
 from kairos.adapters.gateway import dialects
 from kairos.adapters.gateway.calls import Call
 from kairos.adapters.gateway.dialects import Message
@@ -20,8 +20,6 @@ from kairos.adapters.gateway.stream import Relayed, usage_of
 from kairos.adapters.http_client import Response, UpstreamError
 from kairos.scheduler_core.config import Timeouts
 from kairos.scheduler_core.slo import NO_TARGET_S
-
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _ATTEMPTS = 2
 _SSE = b"text/event-stream; charset=utf-8"
@@ -188,6 +186,8 @@ class Relay:
         if not call.body.stream:
             call.deadline_s = NO_TARGET_S
         message = dialects.nixl_decode(call, decode, call.grant.take(now_s))
+        if not call.body.stream and not side.tells_steps:  # nobody could see that it is decoded in time
+            call.grant = None
         response = await self._ask(call, decode, message)
         await self._answer(call, response, decode, side, reply)
 

@@ -10,12 +10,13 @@ from builders import step_times
 from emulated import MODEL, call, events, options, run, until
 from gateways import KINDS, behind_gateway, pair, running_gateway, settings_for
 
+from kairos.adapters.asgi import answer
 from kairos.adapters.asgi_server import AsgiServer
 from kairos.adapters.emulator.faults import Fault, Faults
 from kairos.adapters.emulator.gpu import Limits
 from kairos.adapters.emulator.worker import EmulatedWorker
 from kairos.adapters.gateway import health
-from kairos.adapters.gateway.asgi import answer, read_body
+from kairos.adapters.gateway.bodies import read_body
 from kairos.adapters.gateway.gateway import Gateway
 from kairos.adapters.http_client import HttpPool, UpstreamError
 
@@ -384,3 +385,34 @@ def test_a_client_that_reads_slowly_holds_its_engine_up_and_the_gateway_keeps_li
 
     assert unread < 20_000_000, "what the kernel holds for two connections, and little more"
     assert whole == 4_000 * len(event) + len(b"data: [DONE]\n\n")
+
+
+def test_a_client_that_leaves_another_path_ends_the_engines_work() -> None:
+    working = asyncio.Event()
+    left = asyncio.Event()
+
+    async def engine(scope: Any, receive: Any, send: Any) -> None:
+        if scope["method"] == "GET":
+            await answer(send, 200, b'{"version": "0.32.0"}')
+            return
+        await read_body(receive, {}, 10**6, 1.0)
+        working.set()
+        await receive()
+        left.set()
+
+    async def work() -> int:
+        server = AsgiServer(engine)
+        await server.start()
+        async with running_gateway(settings_for({"mixed": [{"profile": "p", "url": server.address}]})) as gateway:
+            pool = HttpPool(gateway.server.address)
+            request = asyncio.ensure_future(pool.send(b"POST", b"/v1/embeddings", (), b"{}"))
+            await working.wait()
+            pool.close()
+            await left.wait()
+            await asyncio.gather(request, return_exceptions=True)
+            await until(lambda: not gateway.app.others)
+            requests = gateway.scheduler.instances["mixed-0"].requests
+        await server.stop()
+        return requests
+
+    assert run(work()) == 0

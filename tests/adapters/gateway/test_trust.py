@@ -11,10 +11,10 @@ import pytest
 from emulated import MODEL, call, options, run, workers
 from gateways import KINDS, behind_gateway, running_gateway, settings_for
 
+from kairos.adapters.asgi import answer
 from kairos.adapters.asgi_server import AsgiServer
 from kairos.adapters.emulator.faults import Fault
-from kairos.adapters.gateway.asgi import answer, read_body
-from kairos.adapters.gateway.bodies import Body
+from kairos.adapters.gateway.bodies import Body, read_body
 from kairos.adapters.gateway.calls import Call
 from kairos.adapters.gateway.errors import CallError
 from kairos.adapters.gateway.trust import Trust
