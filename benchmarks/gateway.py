@@ -82,6 +82,9 @@ class Stub(asyncio.Protocol):
                 if len(self.data) < end:
                     return
             body, self.data = self.data[start:end], self.data[end:]
+            if not fields.endswith(b" http/1.1") and b" http/1.1\r\n" not in fields:  # asks for HTTP/2
+                self.transport.close()
+                return
             self.answer(fields.split(b" ", 2)[1], body)
 
     def answer(self, path: bytes, body: bytes) -> None:

@@ -107,7 +107,8 @@ class App:
         try:
             call = await self._taken(scope, receive, headers, chat, arrival_s)
         except CallError as problem:
-            self._metrics.refused(problem.code)
+            left = problem.code == "client_left"
+            self._metrics.outcomes[Outcome.CLIENT_LEFT if left else Outcome.REFUSED, problem.code] += 1
             await _refuse(send, problem)
             return
         reply = Reply(call, send)

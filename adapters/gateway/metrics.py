@@ -69,10 +69,6 @@ class GatewayMetrics:
             if call.output_tokens > 1 and call.last_token_s > call.first_token_s:
                 self.tpot.observe((call.last_token_s - call.first_token_s) / (call.output_tokens - 1))
 
-    def refused(self, code: str) -> None:
-        """Count a request that was refused before anything was known of it."""
-        self.outcomes[Outcome.REFUSED, code] += 1
-
     def _count_tenant(self, tenant: str) -> None:
         known = tenant in self.tenants or len(self.tenants) < _TENANTS
         self.tenants[tenant if known else "other"] += 1
