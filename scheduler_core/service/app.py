@@ -64,7 +64,7 @@ def create_app(settings: Settings, replay: Replay | None = None) -> FastAPI:
         summary="Which request runs next, where, in which batch.",
         lifespan=lifespan,
     )
-    app.router.routes.append(schedule_route(scheduler.schedule, settings.service.max_body_bytes))
+    app.router.routes.append(schedule_route(scheduler.schedule))
     if database:
         outcomes = Outcomes(plane.metrics, lambda: scheduler.settings.slo.classes)
         telemetry = telemetry_routes(database.writer, plane.metrics, settings.service.max_body_bytes, outcomes.note)

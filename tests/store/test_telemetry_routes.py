@@ -265,12 +265,14 @@ class _Refusing:
 
 def _refusing() -> FastAPI:
     from kairos.scheduler_core.errors import KairosError
+    from kairos.scheduler_core.service.bodies import Limits
     from kairos.scheduler_core.service.metrics import Metrics
     from kairos.scheduler_core.service.problems import on_kairos_error
     from kairos.scheduler_core.service.routes.telemetry import telemetry_routes
 
     app = FastAPI(routes=telemetry_routes(_Refusing(), Metrics(), 100_000))  # type: ignore[arg-type]
     app.add_exception_handler(KairosError, on_kairos_error)
+    app.add_middleware(Limits, most_bytes=100_000, most_s=30.0)
     return app
 
 

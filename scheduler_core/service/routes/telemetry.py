@@ -166,7 +166,7 @@ class TelemetryEndpoint(Generic[Row]):
         if refusal := unreadable(headers, ("application/json", *JSON_LINES), ("identity", "gzip")):
             response = problem_response(refusal)
         else:
-            body = await read_body(headers, receive, self._max_body_bytes)
+            body = await read_body(receive)
             if body is None:
                 return
             response = await self._answer(headers, body)
