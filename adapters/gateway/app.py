@@ -74,6 +74,7 @@ class App:
         self.trust = trust
         self.calls: dict[int, Call] = {}
         """Requests for tokens that have not ended."""
+        self._receives: dict[int, Receive] = {}
         self.others = 0
         """Requests of other paths that have not ended."""
         self.draining = False
@@ -101,7 +102,6 @@ class App:
     # -- requests for tokens
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send, chat: bool) -> None:
-        loop = asyncio.get_running_loop()
         arrival_s = time.monotonic()
         headers: Headers = dict(scope["headers"])
         try:
@@ -113,8 +113,8 @@ class App:
             return
         reply = Reply(call, send)
         call.task = asyncio.current_task()
-        gone = loop.create_task(_gone(call, receive))
         self.calls[call.number] = call
+        self._receives[call.number] = receive
         outcome, code = Outcome.FINISHED, ""
         try:
             await self._relay.serve(call, reply)
@@ -134,10 +134,17 @@ class App:
             outcome, code = Outcome.FAILED, "bug"
             raise
         finally:
-            gone.cancel()
+            if call.watch is not None:
+                call.watch.cancel()
             self._scheduler.release(call)
-            del self.calls[call.number]
+            del self.calls[call.number], self._receives[call.number]
             self._ended(call, outcome, code)
+
+    def watch_clients(self) -> None:
+        """Watch for the clients of requests that are here since the last call to leave: most need no watch."""
+        for number, call in self.calls.items():
+            if call.watch is None:
+                call.watch = asyncio.get_running_loop().create_task(_gone(call, self._receives[number]))
 
     async def _taken(self, scope: Scope, receive: Receive, headers: Headers, chat: bool, arrival_s: float) -> Call:
         """A request that may wait.

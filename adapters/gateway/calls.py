@@ -65,6 +65,7 @@ class Call:
         "ttft_target_s",
         "turn",
         "usage",
+        "watch",
     )
 
     def __init__(
@@ -89,6 +90,8 @@ class Call:
         self.turn: asyncio.Future[None] | None = None
         """Resolved when an instance takes it; its exception when none will."""
         self.task: asyncio.Task[None] | None = None
+        self.watch: asyncio.Task[None] | None = None
+        """Waits for its client to leave, once it has been here for a moment."""
         self.answered = False
         """All of the answer has gone out: that its client leaves now, or its time is over, is no loss."""
         self.attempts = 0

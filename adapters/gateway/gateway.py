@@ -201,9 +201,10 @@ class Gateway:
     # -- time
 
     async def _sweep(self) -> None:
-        """End what is out of time."""
+        """End what is out of time, or whose client has left."""
         while True:
             await asyncio.sleep(_SWEEP_S)
+            self.app.watch_clients()
             now_s = time.monotonic()
             for call in list(self.app.calls.values()):
                 if now_s > call.total_deadline_s:

@@ -205,8 +205,9 @@ class Relay:
             response = await self._ask(call, decode, second)
             await self._answer(call, response, decode, side, reply)
         finally:
-            leg.cancel()
-            await asyncio.gather(leg, return_exceptions=True)
+            if not leg.done():
+                leg.cancel()
+                await asyncio.gather(leg, return_exceptions=True)
 
     async def _prefill_leg(self, call: Call, prefill: LiveInstance, message: Message) -> None:
         await self._body(call, await self._ask(call, prefill, message), prefill)
@@ -324,9 +325,9 @@ class Relay:
 
 def _prefill_failed(call: Call, leg: "asyncio.Future[None]") -> None:
     """Give the decode leg up when the prefill leg beside it has failed."""
-    if leg.cancelled() or call.first_token_s:
+    problem = None if leg.cancelled() else leg.exception()
+    if call.first_token_s:  # the KV was there
         return
-    problem = leg.exception()
     if isinstance(problem, UpstreamError):
         call.interrupt(_as_error(problem))
     elif isinstance(problem, CallError):
