@@ -40,8 +40,8 @@ def process(*arguments: object) -> Iterator["subprocess.Popen[str]"]:
         running.communicate(timeout=20)
 
 
-def wait_for(address: str) -> None:
-    for _ in range(600):
+def wait_for(address: str, limit_s: int = 60) -> None:
+    for _ in range(10 * limit_s):
         try:
             if httpx.get(address).status_code == 200:
                 return
