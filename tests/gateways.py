@@ -1,9 +1,14 @@
-"""A gateway in front of emulated workers, all in this event loop."""
+"""A gateway in front of emulated workers: all in this event loop, or as processes."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from typing import Any
 
+import httpx
 from emulated import MODEL, options, workers
 
 from kairos.adapters.emulator.worker import EmulatedWorker, WorkerOptions
@@ -81,3 +86,37 @@ KINDS = {
     "sglang": pair(engine="sglang"),
 }
 """Every kind of engine that the gateway speaks with."""
+
+
+# -- as processes
+
+PROGRAM = [sys.executable, "-c", "from kairos.adapters.cli import main; main()"]
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in taken:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in taken]
+
+
+@contextmanager
+def process(*arguments: object) -> Iterator["subprocess.Popen[str]"]:
+    running = subprocess.Popen([*PROGRAM, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
+    try:
+        yield running
+    finally:
+        running.terminate()
+        running.communicate(timeout=20)
+
+
+def wait_for(address: str, limit_s: int = 60) -> None:
+    for _ in range(10 * limit_s):
+        try:
+            if httpx.get(address).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise AssertionError(f"{address} does not answer")

@@ -2,53 +2,19 @@
 
 import os
 import signal
-import socket
 import sqlite3
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import pytest
 import yaml
 from command_line import kairos
+from gateways import free_ports, process, wait_for
 from serving import served
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "gateway.yaml"
-PROGRAM = [sys.executable, "-c", "from kairos.adapters.cli import main; main()"]
 ASKED = {"model": "Qwen/Qwen3-32B", "prompt": "hello there", "max_tokens": 5}
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        taken = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in taken:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in taken]
-
-
-@contextmanager
-def process(*arguments: object) -> Iterator["subprocess.Popen[str]"]:
-    running = subprocess.Popen([*PROGRAM, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
-    try:
-        yield running
-    finally:
-        running.terminate()
-        running.communicate(timeout=20)
-
-
-def wait_for(address: str, limit_s: int = 60) -> None:
-    for _ in range(10 * limit_s):
-        try:
-            if httpx.get(address).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    raise AssertionError(f"{address} does not answer")
 
 
 def test_workers_a_gateway_and_a_control_plane_work_together_as_processes(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """A real vLLM prefill/decode pair on the CPU behind the gateway.
 
-KAIROS_VLLM names an environment with vLLM 0.28 or later (a CPU build and NIXL), KAIROS_VLLM_MODEL a small model in float32
-that it serves as `tiny`. Takes three minutes on two idle cores.
+KAIROS_VLLM names an environment with vLLM 0.28 or later (a CPU build, with NIXL), KAIROS_VLLM_MODEL a small model, which
+it serves as `tiny` in float32. Takes three minutes on two idle cores.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 import yaml
-from adapters.gateway.test_processes import free_ports, process, wait_for
+from gateways import free_ports, process, wait_for
 
 pytestmark = [
     pytest.mark.engine,
