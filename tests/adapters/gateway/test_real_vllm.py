@@ -1,6 +1,6 @@
 """A real vLLM prefill/decode pair on the CPU behind the gateway.
 
-KAIROS_VLLM names an environment with vLLM 0.28 or later (a CPU build, with NIXL), KAIROS_VLLM_MODEL a small model, which
+KAIROS_VLLM names an environment with vLLM 0.28 or later (CPU build, NIXL), KAIROS_VLLM_MODEL a small model, which
 it serves as `tiny` in float32. Takes three minutes on two idle cores.
 """
 
