@@ -1,8 +1,8 @@
-"""The engine's side of the control plane: steps go there in batches, the strategy and models in force come from there.
+"""The data plane's side of the control plane: telemetry goes there in batches, strategy and models come from there.
 
-`exchange` is called again and again from a thread of its own; the engine's thread only appends to a bounded queue and
-looks whether there is news. With the control plane away the engine goes on with what it has: steps are kept up to a
-limit, the oldest are dropped and counted.
+`exchange` is called again and again from a thread of its own; the thread that serves only appends to a bounded queue
+and looks whether there is news. With the control plane away the data plane goes on with what it has: rows are kept up
+to a limit, the oldest are dropped and counted.
 """
 
 import gzip
@@ -12,8 +12,8 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter, deque
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -22,7 +22,7 @@ from kairos.predictors.features import SCHEMA_HASH
 from kairos.scheduler_core.domain import Profile, StepTimes
 from kairos.scheduler_core.errors import ConfigError, InputError, KairosError
 from kairos.scheduler_core.strategy import Strategy, parse_strategy
-from kairos.scheduler_core.telemetry import StepRecord, StepRow
+from kairos.scheduler_core.telemetry import RequestRow, StepRecord, StepRow
 
 TIMEOUT_S = 2.0
 KEPT_STEPS = 100_000
@@ -67,6 +67,8 @@ class NewStrategy(NamedTuple):
 
     strategy: Strategy
     name: str
+    known_as: str = ""
+    """`name@version`: what telemetry reports."""
 
 
 class NewStepTimes(NamedTuple):
@@ -74,23 +76,54 @@ class NewStepTimes(NamedTuple):
 
     step_times: StepTimes
     version: str
+    profile_id: str = ""
+
+
+Row = TypeVar("Row")
+
+
+class Outbox(Generic[Row]):
+    """Rows that wait to be sent, and the batch that is being sent.
+
+    Args:
+        path: where they go.
+        what: what they are called in counts.
+        encode: a row as a line of JSON.
+        prefix: of the batches' numbers, which no two kinds of rows may share.
+    """
+
+    def __init__(self, path: str, what: str, encode: Callable[[Row], bytes], prefix: str = "") -> None:
+        self.path, self.what, self.encode, self.prefix = path, what, encode, prefix
+        self.rows: deque[Row] = deque()
+        self.batch: tuple[str, Sequence[Row]] | None = None
+        self.batches = 0
+
+    def next_batch(self, run: str) -> tuple[str, Sequence[Row]] | None:
+        """The batch that was not taken yet, or a new one; None when there is nothing to send."""
+        if self.batch is None and self.rows:
+            rows = [self.rows.popleft() for _ in range(min(BATCH_ROWS, len(self.rows)))]
+            self.batches += 1
+            self.batch = f"{run}/{self.prefix}{self.batches}", rows
+        return self.batch
 
 
 class ControlPlane:
-    """Speaks with one control plane for one engine.
+    """Speaks with one control plane for one engine, or for a gateway in front of several.
 
     Args:
         url: its address.
-        profile: of the engine.
+        profile: of the engine: its steps are sent, its model is pulled.
         run: names this run of the engine; batches are numbered within it, so that a batch sent twice is stored once.
         api_key: sent as a bearer token when given.
+        others: profiles whose models are pulled too.
     """
 
-    def __init__(self, url: str, profile: Profile, run: str, api_key: str = "") -> None:
+    def __init__(self, url: str, profile: Profile, run: str, api_key: str = "", others: Sequence[Profile] = ()) -> None:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"the control plane's address is {url}; write http://HOST:PORT")
         self.url = url.rstrip("/")
         self.profile = profile
+        self._profiles = (profile, *others)
         self.run = run
         self.news: deque[NewStrategy | NewStepTimes] = deque()
         """What the engine's thread has not taken up yet."""
@@ -99,24 +132,30 @@ class ControlPlane:
         self.reached_s: float | None = None
         """When it answered last, UTC epoch."""
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        self._steps: deque[StepRecord] = deque()
-        self._batch: tuple[str, Sequence[StepRecord]] | None = None
-        self._batches = 0
+        self._steps = Outbox[StepRecord]("/telemetry/steps", "steps", self._encode_step)
+        self._requests = Outbox[RequestRow]("/telemetry/requests", "requests", _encoder.encode, "requests/")
         self._wait_until_s = 0.0
         self._strategy: ActiveStrategy | None = None
-        self._model: ServingModel | None = None
+        self._models: dict[str, ServingModel] = {}
         self._logged_s = float("-inf")
 
     def note(self, step: StepRecord) -> None:
         """Keep a step for the next batch; called by the engine's thread."""
-        if len(self._steps) >= KEPT_STEPS:
-            self._steps.popleft()
-            self.counts["dropped steps"] += 1
-        self._steps.append(step)
+        self._keep(self._steps, step)
+
+    def note_request(self, row: RequestRow) -> None:
+        """Keep a request that has ended for the next batch; called by the gateway's thread."""
+        self._keep(self._requests, row)
+
+    def _keep(self, outbox: Outbox[Row], row: Row) -> None:
+        if len(outbox.rows) >= KEPT_STEPS:
+            outbox.rows.popleft()
+            self.counts[f"dropped {outbox.what}"] += 1
+        outbox.rows.append(row)
 
     def exchange(self) -> None:
         """Push what is there, pull what is new. Whatever fails is counted, said once a minute, and tried again."""
-        for part in (self._pull_strategy, self._pull_model, self._push):
+        for part in (self._pull_strategy, self._pull_models, self._push_steps, self._push_requests):
             try:
                 part()
             except KairosError as problem:
@@ -127,33 +166,38 @@ class ControlPlane:
 
     # -- telemetry
 
-    def _push(self) -> None:
+    def _push_steps(self) -> None:
+        self._push(self._steps)
+
+    def _push_requests(self) -> None:
+        self._push(self._requests)
+
+    def _push(self, outbox: Outbox[Row]) -> None:
         if time.monotonic() < self._wait_until_s:
             return
-        while self._batch is not None or self._steps:
-            if self._batch is None:
-                rows = [self._steps.popleft() for _ in range(min(BATCH_ROWS, len(self._steps)))]
-                self._batches += 1
-                self._batch = f"{self.run}/{self._batches}", rows
-            name, steps = self._batch
-            body = gzip.compress(b"\n".join(_encoder.encode(row_of(step, self.profile)) for step in steps), 1)
+        while (batch := outbox.next_batch(self.run)) is not None:
+            name, rows = batch
+            body = gzip.compress(b"\n".join(map(outbox.encode, rows)), 1)
             headers = {
                 "content-type": "application/x-ndjson",
                 "content-encoding": "gzip",
                 "x-kairos-batch-id": name,
             }
             try:
-                self._ask("/telemetry/steps", body, headers)
-                self.counts["pushed steps"] += len(steps)
+                self._ask(outbox.path, body, headers)
+                self.counts[f"pushed {outbox.what}"] += len(rows)
             except urllib.error.HTTPError as problem:
                 if problem.code == 429:
                     self._wait_until_s = time.monotonic() + _seconds(problem.headers.get("retry-after"))
                     return
                 if problem.code not in _REFUSED:
                     raise
-                self.counts["refused steps"] += len(steps)
-                self._say(f"steps were refused with {problem.code}")
-            self._batch = None
+                self.counts[f"refused {outbox.what}"] += len(rows)
+                self._say(f"{outbox.what} were refused with {problem.code}")
+            outbox.batch = None
+
+    def _encode_step(self, step: StepRecord) -> bytes:
+        return _encoder.encode(row_of(step, self.profile))
 
     # -- strategy and models
 
@@ -170,26 +214,29 @@ class ControlPlane:
         for _, choice in strategy.choices():
             if ":" in choice.name:
                 raise ConfigError(f"policy {choice.name} of strategy {told.name} is not installed here under a name")
-        self.news.append(NewStrategy(strategy.check(), told.name))
+        self.news.append(NewStrategy(strategy.check(), told.name, f"{told.name}@{told.version}"))
         self.counts["pulled strategies"] += 1
 
-    def _pull_model(self) -> None:
+    def _pull_models(self) -> None:
         answer = self._get("/models/serving")
         if answer is None:
             return
-        models = msgspec.json.decode(answer, type=ServingModels).models
-        told = next((m for m in models if m.profile_id == self.profile.profile_id), None)
-        if told is None or told == self._model:
-            return
+        served = {model.profile_id: model for model in msgspec.json.decode(answer, type=ServingModels).models}
+        for profile in self._profiles:
+            told = served.get(profile.profile_id)
+            if told is not None and told != self._models.get(profile.profile_id):
+                self._pull_model(profile, told)
+
+    def _pull_model(self, profile: Profile, told: ServingModel) -> None:
         if told.schema_hash not in ("", SCHEMA_HASH):
-            self._model = told
+            self._models[profile.profile_id] = told
             raise InputError(f"model {told.version} was trained on features {told.schema_hash}, not {SCHEMA_HASH}")
         content = self._get(f"/models/{told.profile_id}/{told.version}/artifact")
         if content is None:
             return
-        self._model = told
-        found = parse(content, f"{told.profile_id} {told.version}").profile(self.profile)
-        self.news.append(NewStepTimes(found, str(told.version)))
+        self._models[profile.profile_id] = told
+        found = parse(content, f"{told.profile_id} {told.version}").profile(profile)
+        self.news.append(NewStepTimes(found, str(told.version), profile.profile_id))
         self.counts["pulled models"] += 1
 
     # -- the wire
@@ -224,7 +271,7 @@ class ControlPlane:
         now_s = time.monotonic()
         if now_s - self._logged_s >= LOG_EVERY_S:
             self._logged_s = now_s
-            _log.warning("control plane %s: %s; the engine goes on with what it has", self.url, what)
+            _log.warning("control plane %s: %s; what serves goes on with what it has", self.url, what)
 
 
 def row_of(step: StepRecord, profile: Profile) -> StepRow:

@@ -3,14 +3,15 @@
 `load_settings` is called once, where a process starts; everything else is handed the `Settings` or a part of it.
 """
 
+import ipaddress
 import math
 import os
 import re
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from copy import deepcopy
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -20,6 +21,7 @@ from pydantic import (
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
+    IPvAnyNetwork,
     JsonValue,
     SecretStr,
     ValidationError,
@@ -62,6 +64,23 @@ Number = Annotated[float, BeforeValidator(_number), AllowInfNan(False)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+NotNegativeCount = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Port = Annotated[int, BeforeValidator(_whole), Field(ge=0, le=65535)]
+
+InstanceRole = Literal["prefill", "decode", "mixed"]
+INSTANCE_ROLES: tuple[InstanceRole, ...] = get_args(InstanceRole)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address is one that only this machine can reach.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("0.0.0.0")
+    (True, False)
+    """
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 class Section(BaseModel):
@@ -160,31 +179,66 @@ class Group(Section):
     url: Annotated[str, Field(pattern=r"^(dns\+)?https?://\S+$")] | None = None
     """Address of a live worker."""
     engine: Literal["vllm", "sglang"] | None = None
-    """What answers at `url`."""
+    """What answers at `url`; None: it is asked."""
     forward_pass: Annotated[str, Field(pattern=r"^(tcp|ipc)://\S+$")] | None = None
     """Where it publishes forward-pass metrics (docs/telemetry.md)."""
+    key: SecretStr | None = None
+    """What the gateway says to it as a bearer key; never shown."""
+    key_file: Path | None = None
+    """A file that holds the key instead."""
+
+    @model_validator(mode="after")
+    def _an_address_is_one_instance(self) -> "Group":
+        if self.url is not None and self.count > 1:
+            raise ValueError("an address is one instance; write one group for each, or dns+http://name:port")
+        if self.key is not None and self.key_file is not None:
+            raise ValueError("give either key or key_file")
+        return self
 
 
-class PrefillGroup(Group):
-    """Instances that compute prompts."""
+class ComputesPrompts(Group):
+    """What prefill and mixed instances have in common."""
 
     chunk_tokens: Count | None = None
     """Token budget of one step; None: whole prompts."""
     max_requests_per_step: Count = 1
+    in_flight: Count = 2
+    """Prompts that the gateway sends before the first of them is done; the others wait in Kairos."""
     prefix_cache: bool = False
     kv_tokens: Count | None = None
-    """Capacity of the prefix cache."""
-    kv_held_tokens: Count | None = None
-    """Limit of the KV held for transfer; None: none, prefill never waits for decode."""
+    """Capacity of the prefix cache; of a mixed instance the KV capacity. None: no limit."""
 
     @model_validator(mode="after")
-    def _a_cache_has_a_size(self) -> "PrefillGroup":
+    def _a_cache_has_a_size(self) -> "ComputesPrompts":
         if self.prefix_cache and self.kv_tokens is None:
             raise ValueError("prefix_cache needs kv_tokens, the capacity of the cache")
         return self
 
 
-class DecodeGroup(Group):
+class HandsOver(Group):
+    """What prefill and decode instances have in common."""
+
+    connector: Literal["nixl", "mooncake"] = "nixl"
+    """How vLLM hands KV over; SGLang has one way."""
+
+
+class PrefillGroup(ComputesPrompts, HandsOver):
+    """Instances that compute prompts."""
+
+    kv_held_tokens: Count | None = None
+    """Limit of the KV held for transfer; None: none, prefill never waits for decode."""
+    bootstrap_port: Port = 8998
+    """Where decode instances ask it for KV (SGLang, Mooncake)."""
+
+
+class MixedGroup(ComputesPrompts):
+    """Instances that do both themselves, behind the gateway only."""
+
+    max_batch: Count = 64
+    batch_limit: Count | None = None
+
+
+class DecodeGroup(HandsOver):
     """Instances that produce the tokens after the first."""
 
     max_batch: Count = 64
@@ -219,10 +273,11 @@ class Fleet(Section):
 
     prefill: tuple[PrefillGroup, ...] = ()
     decode: tuple[DecodeGroup, ...] = ()
+    mixed: tuple[MixedGroup, ...] = ()
     kv_transfer: KvTransfer = KvTransfer()
     handover: Handover = Handover()
 
-    @field_validator("prefill", "decode", mode="before")
+    @field_validator("prefill", "decode", "mixed", mode="before")
     @classmethod
     def _null_is_empty(cls, groups: object) -> object:
         return () if groups is None else groups
@@ -232,9 +287,15 @@ class Fleet(Section):
         _refuse(
             ((role,), f"a fleet needs at least one {role} instance")
             for role in ("prefill", "decode")
-            if not getattr(self, role)
+            if not getattr(self, role) and not (self.mixed and not self.prefill and not self.decode)
         )
         return self
+
+    def groups(self) -> Iterator[tuple[InstanceRole, int, Group]]:
+        """Every group with its role and its place among those of the role."""
+        for role in INSTANCE_ROLES:
+            for index, group in enumerate(getattr(self, role)):
+                yield role, index, group
 
 
 # -- promises, guards, strategies, service ---------------------------------------------------------------------------
@@ -326,7 +387,7 @@ class ServiceSettings(Section):
     """The control plane."""
 
     host: str = "127.0.0.1"
-    port: Annotated[int, BeforeValidator(_whole), Field(ge=0, le=65535)] = 8011
+    port: Port = 8011
     max_requests: Count = 20_000
     """Requests in one snapshot; more is answered 413."""
     max_body_bytes: Count = 64 * 2**20
@@ -376,6 +437,80 @@ class AccessSettings(Section):
 
     keys: dict[str, AccessKey] = {}
     """By the name of whoever holds it."""
+
+
+class GatewayKey(Section):
+    """Who may use the gateway, and as whom."""
+
+    key: SecretStr
+    """The bearer key; never shown."""
+    tenant: str
+    classes: tuple[str, ...] = ()
+    """SLO classes that its requests may choose; empty: all."""
+
+
+class TlsSettings(Section):
+    """A certificate; both files are read again on SIGHUP."""
+
+    certificate: Path
+    key: Path
+
+
+class Timeouts(Section):
+    """How long the gateway waits; the time that a request waits in Kairos is not in these, but in `total_s`."""
+
+    connect_s: Positive = 2.0
+    first_token_s: Positive = 30.0
+    """From dispatch to the first token, beyond the TTFT target."""
+    idle_s: Positive = 30.0
+    """Between two pieces of an answer."""
+    total_s: Positive = 1800.0
+    drain_s: NotNegative = 30.0
+    """What requests get to end when the gateway ends."""
+
+
+class ControlPlane(Section):
+    """Where the gateway gets strategy and models, and sends telemetry."""
+
+    url: Annotated[str, Field(pattern=r"^https?://\S+$")]
+    key: SecretStr | None = None
+
+
+class GatewaySettings(Section):
+    """The OpenAI-compatible gateway."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    max_body_bytes: Count = 64 * 2**20
+    max_waiting: Count = 10_000
+    """Requests that may wait; more are answered 429."""
+    keys: tuple[GatewayKey, ...] = ()
+    """None: loopback only, and everyone is the same tenant."""
+    trusted_proxies: tuple[IPvAnyNetwork, ...] = ()
+    """Networks whose word on tenant and class is taken."""
+    tls: TlsSettings | None = None
+    engine_ca: Path | None = None
+    """Certificates that engines' are checked against; None: the system's."""
+    timeouts: Timeouts = Timeouts()
+    kv_lease_s: Positive = 30.0
+    """How long a vLLM prefill engine holds KV for NIXL."""
+    media_tokens: NotNegativeCount = 576
+    """What an image or a sound in a chat counts as."""
+    health_s: Positive = 1.0
+    """Between two looks at each engine."""
+    control_plane: ControlPlane | None = None
+
+    @model_validator(mode="after")
+    def _keys_differ(self) -> "GatewaySettings":
+        if len({entry.key.get_secret_value() for entry in self.keys}) < len(self.keys):
+            raise ValueError("two keys are the same")
+        return self
+
+    @model_validator(mode="after")
+    def _open_only_with_keys(self) -> "GatewaySettings":
+        if not self.keys and not is_loopback(self.host):
+            raise ValueError(f"host '{self.host}' is open to other machines; give keys, or use 127.0.0.1")
+        return self
 
 
 class TrainingSettings(Section):
@@ -490,6 +625,7 @@ class Settings(Section):
     """Beside the shipped ones."""
     active: str = "kairos"
     service: ServiceSettings = ServiceSettings()
+    gateway: GatewaySettings = GatewaySettings()
     training: TrainingSettings = TrainingSettings()
     access: AccessSettings = AccessSettings()
     tracing: TracingSettings = TracingSettings()
@@ -507,12 +643,17 @@ class Settings(Section):
     def _names_exist(self) -> "Settings":
         problems: list[tuple[Loc, str]] = [
             (("fleet", role, index, "profile"), str(UnknownProfileError("profile", group.profile, self.profiles)))
-            for role, groups in (("prefill", self.fleet.prefill), ("decode", self.fleet.decode))
-            for index, group in enumerate(groups)
+            for role, index, group in self.fleet.groups()
             if group.profile not in self.profiles
         ]
         if self.active not in self.strategies:
             problems.append((("active",), str(UnknownNameError("strategy", self.active, self.strategies))))
+        problems.extend(
+            (("gateway", "keys", index, "classes"), str(UnknownNameError("SLO class", name, self.slo.classes)))
+            for index, entry in enumerate(self.gateway.keys)
+            for name in entry.classes
+            if name not in self.slo.classes
+        )
         _refuse(problems)
         return self
 

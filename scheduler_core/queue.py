@@ -13,6 +13,9 @@ Key = tuple[float, RequestId]
 _ROUNDING_S = 1e-9
 """Latest starts this near to now are tested exactly: `deadline - prefill_s` and `now + prefill_s` round differently."""
 
+_KEPT_ENTRIES = 256
+"""Entries of requests that left, beyond which the heap of latest starts is cleared of them."""
+
 
 def arrival_key(waiting: Waiting) -> Key:
     """Arrival order, ties to the lowest id."""
@@ -79,6 +82,9 @@ class WaitingQueue:
         else:
             _delete(self.live, request, arrival_key)
             _delete(self.by_deadline, request, deadline_key)
+        if len(self._latest_starts) > 2 * len(self._by_id) + _KEPT_ENTRIES:
+            self._latest_starts = [e for e in self._latest_starts if self._by_id.get(e[2].request_id) is e[2]]
+            heapq.heapify(self._latest_starts)
         return request
 
     def replace(self, request: Waiting, now_s: float) -> None:

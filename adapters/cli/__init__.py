@@ -55,6 +55,7 @@ def commands() -> "typer.Typer":
         doctor,
         experiments,
         explain,
+        gateway,
         keys,
         models,
         policies,
@@ -64,6 +65,7 @@ def commands() -> "typer.Typer":
         strategies,
         telemetry,
         traces,
+        worker,
     )
 
     app = typer.Typer(
@@ -74,7 +76,7 @@ def commands() -> "typer.Typer":
         pretty_exceptions_enable=False,
     )
     offline = (demo, simulate, models, telemetry, traces, policies, report)
-    for group in (*offline, serve, explain, db, keys, strategies, experiments, configuration, doctor):
+    for group in (*offline, serve, gateway, worker, explain, db, keys, strategies, experiments, configuration, doctor):
         group.register(app)
     return app
 

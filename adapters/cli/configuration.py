@@ -1,6 +1,7 @@
 """`kairos config check | schema`."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -29,10 +30,10 @@ def check(
     if as_json:
         typer.echo(settings.model_dump_json(indent=2))
         return
-    counts = ", ".join(
-        f"{sum(group.count for group in groups)} {role}"
-        for role, groups in (("prefill", settings.fleet.prefill), ("decode", settings.fleet.decode))
-    )
+    instances = Counter[str]()
+    for role, _, group in settings.fleet.groups():
+        instances[role] += group.count
+    counts = ", ".join(f"{count} {role}" for role, count in instances.items())
     strategies = ", ".join(settings.strategies)
     typer.echo(f"{file}: valid: {counts} instances; strategies {strategies}; active {settings.active}")
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from kairos.scheduler_core.config import DecodeGroup, Handover, KvTransfer, PrefillGroup, Settings
 from kairos.scheduler_core.domain import UNLIMITED_TOKENS, DecodeInstance, PrefillInstance, StepTimes
+from kairos.scheduler_core.errors import ConfigError
 
 StepTimesOf = Callable[[Settings, str], StepTimes]
 """The step times of a profile of the configuration, by its name there."""
@@ -43,7 +44,13 @@ class SimulatedFleet:
 
 
 def build_fleet(settings: Settings, step_times_of: StepTimesOf) -> SimulatedFleet:
-    """The fleet of a configuration, instances named `prefill-0`, `decode-0` and so on."""
+    """The fleet of a configuration, instances named `prefill-0`, `decode-0` and so on.
+
+    Raises:
+        ConfigError: it has mixed instances, which are not simulated.
+    """
+    if settings.fleet.mixed:
+        raise ConfigError("fleet.mixed: mixed instances are not simulated; give prefill and decode instances")
     prefill: list[PrefillUnit] = []
     decode: list[DecodeUnit] = []
     for group in settings.fleet.prefill:

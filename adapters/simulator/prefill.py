@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 import msgspec
 
 from kairos.adapters.simulator.fleet import PrefillUnit
-from kairos.adapters.simulator.prefix_cache import PrefixCache
 from kairos.adapters.simulator.tables import Workload
 from kairos.scheduler_core.decider import Decider, PrefillLane
 from kairos.scheduler_core.decision import PrefillDecision
 from kairos.scheduler_core.domain import UNLIMITED_TOKENS, Part, Waiting
 from kairos.scheduler_core.policy import Peer, PrefillLoad
+from kairos.scheduler_core.prefix_cache import PrefixCache
 from kairos.scheduler_core.queue import WaitingQueue, arrival_key
 from kairos.scheduler_core.strategy import PrefillRule
 

@@ -5,7 +5,6 @@ the database, every route but /healthz and /readyz needs a key, and that stays s
 """
 
 import hmac
-import ipaddress
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from kairos.scheduler_core.config import ROLES, AccessSettings, Role
+from kairos.scheduler_core.config import ROLES, AccessSettings, Role, is_loopback
 from kairos.scheduler_core.errors import ConfigError
 from kairos.scheduler_core.service.metrics import Metrics
 from kairos.scheduler_core.service.problems import problem_of, problem_response
@@ -180,11 +179,7 @@ def require_loopback(host: str) -> None:
     Raises:
         ConfigError: others can, and there are no keys to tell them apart.
     """
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    if not is_loopback(host):
         raise ConfigError(
             f"host '{host}' is open to other machines, and the service has no keys; "
             "use 127.0.0.1, or make a key with kairos keys add"

@@ -20,7 +20,7 @@ from kairos.predictors.artifact import ProfileModels, dump
 from kairos.predictors.step_model import model_of_line
 from kairos.scheduler_core.domain import Line, Profile
 from kairos.scheduler_core.errors import ConfigError
-from kairos.scheduler_core.telemetry import StepRecord
+from kairos.scheduler_core.telemetry import RequestRow, StepRecord
 
 PROFILE = Profile("H100", "m", engine="vllm")
 DECODE = StepRecord("decode", 0.0125, batch_size=4, sum_context_tokens=4000, prev_phase="decode", run="run")
@@ -203,6 +203,18 @@ def test_the_oldest_steps_are_dropped_and_counted_when_too_many_wait(monkeypatch
         speaks.note(DECODE)
 
     assert speaks.counts["dropped steps"] == 2
+
+
+def test_requests_that_have_ended_go_to_a_path_of_their_own(page: Page) -> None:
+    speaks = plane(page)
+    speaks.note(DECODE)
+    speaks.note_request(RequestRow(10, 0.0, 0.0, 1, 0, 10, 0, ttft_ms=5.0))
+
+    speaks.exchange()
+
+    assert speaks.counts["pushed steps"] == speaks.counts["pushed requests"] == 1
+    assert [rows[0].get("input_tokens") for _, rows in page.batches] == [None, 10]
+    assert len({batch for batch, _ in page.batches}) == 2
 
 
 def test_the_active_strategy_is_news_once(page: Page) -> None:

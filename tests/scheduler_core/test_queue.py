@@ -125,3 +125,13 @@ def test_merging_two_sorted_lists_leaves_both_as_they_were() -> None:
 
     assert [w.arrival_s for w in both] == [0, 1, 3, 4, 5, 9]
     assert [len(first), len(second)] == [3, 3]
+
+
+def test_requests_that_left_leave_nothing_behind() -> None:
+    """A live queue runs for months; one without a target never turns lost."""
+    queue = WaitingQueue()
+    for number in range(10_000):
+        queue.add(waiting(number, ttft_target_s=float("inf")), now_s=0.0)
+        queue.remove(number)
+
+    assert len(queue._latest_starts) < 1_000

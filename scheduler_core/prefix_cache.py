@@ -1,4 +1,4 @@
-"""The prefix cache of one simulated prefill instance: least recently used blocks leave first."""
+"""Blocks of prompts that an instance has in its KV cache, as far as one knows: least recently used leave first."""
 
 from collections import OrderedDict
 from collections.abc import Sequence

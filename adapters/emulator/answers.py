@@ -1,0 +1,91 @@
+"""The bodies that an emulated engine answers with. Its k-th output token is the text " tK"."""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from kairos.adapters.asgi import Send, answer
+from kairos.adapters.emulator.gpu import Job
+
+
+def token_text(k: int) -> str:
+    """The text of the k-th output token, from 1."""
+    return f" t{k}"
+
+
+class Answer:
+    """Writes one answer, of a completion or a chat."""
+
+    def __init__(self, request_id: str, model: str, chat: bool) -> None:
+        self._chat = chat
+        self.head: dict[str, Any] = {
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{request_id}",
+            "created": int(time.time()),
+            "model": model,
+        }
+
+    def opening(self, index: int) -> bytes:
+        """The event before the first token: a role in a chat, nothing otherwise."""
+        return self._event(index, {"role": "assistant", "content": ""}, None) if self._chat else b""
+
+    def tokens(self, index: int, first: int, count: int, ends: bool) -> bytes:
+        """The event of `count` tokens from the `first`-th."""
+        text = "".join(map(token_text, range(first, first + count)))
+        delta = {"content": text} if self._chat else text
+        return self._event(index, delta, "length" if ends else None)
+
+    def _event(self, index: int, delta: object, finish_reason: str | None) -> bytes:
+        choice = {"index": index, "delta" if self._chat else "text": delta, "logprobs": None}
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        body = self.head | {"object": kind, "choices": [choice | {"finish_reason": finish_reason}]}
+        return event(body)
+
+    def usage_event(self, jobs: Sequence[Job]) -> bytes:
+        """The last event when usage is asked for."""
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        return event(self.head | {"object": kind, "choices": [], "usage": usage(jobs)})
+
+    def whole(self, jobs: Sequence[Job], kv_transfer_params: dict[str, Any] | None) -> dict[str, Any]:
+        """The answer without streaming."""
+        choices = []
+        for index, job in enumerate(jobs):
+            text = "".join(map(token_text, range(1, job.emitted + 1)))
+            said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+            choices.append({"index": index, "logprobs": None, "finish_reason": "length"} | said)
+        body = self.head | {
+            "object": "chat.completion" if self._chat else "text_completion",
+            "choices": choices,
+            "usage": usage(jobs),
+        }
+        return body if kv_transfer_params is None else body | {"kv_transfer_params": kv_transfer_params}
+
+
+def usage(jobs: Sequence[Job]) -> dict[str, Any]:
+    """Tokens of an answer."""
+    prompt, output = sum(job.prompt_tokens for job in jobs), sum(job.emitted for job in jobs)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": output,
+        "total_tokens": prompt + output,
+        "prompt_tokens_details": {"cached_tokens": sum(job.cached_tokens for job in jobs)},
+    }
+
+
+async def answer_json(send: Send, status: int, body: dict[str, Any]) -> None:
+    """Answer with JSON."""
+    await answer(send, status, json.dumps(body).encode())
+
+
+def event(body: dict[str, Any]) -> bytes:
+    """A server-sent event."""
+    return b"data: " + json.dumps(body, separators=(",", ":")).encode() + b"\n\n"
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+def error(status: int, message: str) -> dict[str, Any]:
+    """An error as vLLM and SGLang write it."""
+    kind = "BadRequestError" if status == 400 else "NotFoundError" if status == 404 else "InternalServerError"
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}

@@ -1,0 +1,101 @@
+"""What an emulated engine reads from a request: sequences with their lengths, and how much each may produce."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+BYTES_PER_TOKEN = 4
+"""Its tokenizer: four bytes of text are a token."""
+IMAGE_TOKENS = 256
+BLOCK_TOKENS = 16
+
+
+class BadRequest(Exception):
+    """A request that the engine refuses with 400."""
+
+
+class Prompt(NamedTuple):
+    """One prompt."""
+
+    tokens: int
+    blocks: Sequence[int]
+    """Ids of its whole blocks; equal prefixes have equal ids."""
+
+
+def prompts_of(body: dict[str, Any], chat: bool) -> list[Prompt]:
+    """The prompts of a completion, or the one of a chat.
+
+    Raises:
+        BadRequest: there are none, or they are of no known form.
+    """
+    if chat:
+        return [_chat(body.get("messages"))]
+    prompt = body.get("prompt")
+    if isinstance(prompt, str):
+        return [_text(prompt.encode())]
+    if not isinstance(prompt, list) or not prompt:
+        raise BadRequest("prompt is missing")
+    if all(isinstance(item, int) for item in prompt):
+        return [_tokens(prompt)]
+    if all(isinstance(item, str) for item in prompt):
+        return [_text(item.encode()) for item in prompt]
+    if all(isinstance(item, list) and item and all(isinstance(token, int) for token in item) for item in prompt):
+        return [_tokens(item) for item in prompt]
+    raise BadRequest("prompt is neither text, nor tokens, nor a list of either")
+
+
+def output_limit(body: dict[str, Any]) -> int:
+    """Tokens that each sequence produces: there is no end of sequence, so as many as are allowed.
+
+    Raises:
+        BadRequest: the limit is no count.
+    """
+    limit = body.get("max_completion_tokens") or body.get("max_tokens") or 16
+    if not isinstance(limit, int) or limit < 1:
+        raise BadRequest("max_tokens must be at least 1")
+    return limit
+
+
+def sequences_a_prompt(body: dict[str, Any]) -> int:
+    """The parameter n.
+
+    Raises:
+        BadRequest: it is no count.
+    """
+    n = body.get("n") or 1
+    if not isinstance(n, int) or not 1 <= n <= 128:
+        raise BadRequest("n must be from 1 to 128")
+    return n
+
+
+def _chat(messages: object) -> Prompt:
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages is missing")
+    text, images = bytearray(), 0
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        text += str(message.get("role") if isinstance(message, dict) else "").encode() + b"\n"
+        for part in content if isinstance(content, list) else [{"type": "text", "text": content or ""}]:
+            if isinstance(part, dict) and part.get("type") == "text":
+                text += str(part.get("text", "")).encode()
+            else:
+                images += 1
+    prompt = _text(bytes(text))
+    return Prompt(prompt.tokens + images * IMAGE_TOKENS, prompt.blocks)
+
+
+def _text(text: bytes) -> Prompt:
+    size = BLOCK_TOKENS * BYTES_PER_TOKEN
+    pieces = [text[start : start + size] for start in range(0, len(text) - size + 1, size)]
+    return Prompt(max(1, -(-len(text) // BYTES_PER_TOKEN)), _chain(pieces))
+
+
+def _tokens(tokens: Sequence[int]) -> Prompt:
+    starts = range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS)
+    return Prompt(len(tokens), _chain([tuple(tokens[start : start + BLOCK_TOKENS]) for start in starts]))
+
+
+def _chain(pieces: Sequence[object]) -> list[int]:
+    ids: list[int] = []
+    for piece in pieces:
+        ids.append(hash((ids[-1] if ids else 0, piece)))
+    return ids

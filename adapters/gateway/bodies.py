@@ -1,0 +1,235 @@
+"""The body of a request: one shallow parse, a few fields read, the prompt carried along as the bytes that came.
+
+Nothing here keeps or logs what a prompt says.
+"""
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from kairos.adapters.asgi import Headers, Receive
+from kairos.adapters.gateway.errors import CallError
+
+_STRIPPED = frozenset(
+    {
+        "kv_transfer_params",
+        "ec_transfer_params",
+        "bootstrap_host",
+        "bootstrap_port",
+        "bootstrap_room",
+        "data_parallel_rank",
+        "routed_dp_rank",
+        "disagg_prefill_dp_rank",
+        "priority",
+        "request_id",
+        "rid",
+    }
+)
+"""Fields between Kairos and its engines: a client's are dropped."""
+
+_NOT_IN_PREFILL = frozenset({"stream_options", "min_tokens", "logprobs", "top_logprobs", "best_of", "prompt_logprobs"})
+
+_FALSE = msgspec.Raw(b"false")
+_ONE = msgspec.Raw(b"1")
+_MEDIA = (b'"image_url"', b'"input_audio"', b'"video_url"', b'"audio_url"')
+
+Fields = dict[str, msgspec.Raw]
+_decode_fields = msgspec.json.Decoder(Fields).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class Text(msgspec.Struct, frozen=True):
+    """How long a prompt is, before anyone has counted its tokens."""
+
+    text_bytes: int
+    """0 for prompts of tokens."""
+    tokens: int
+    """Of prompts of tokens: exact."""
+    media: int = 0
+    """Images, sounds, videos."""
+    sequences: int = 1
+
+
+class Body:
+    """A parsed body.
+
+    Raises:
+        CallError: it is no JSON object, or a field is not what it must be.
+    """
+
+    __slots__ = ("fields", "model", "stream", "wants_usage")
+
+    def __init__(self, raw: bytes) -> None:
+        try:
+            fields = _decode_fields(raw)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as problem:
+            raise CallError(400, "invalid_json", f"the body is no JSON object: {problem}") from None
+        self.fields: Fields = {name: value for name, value in fields.items() if name not in _STRIPPED}
+        self.model: str = self._field("model", str, "")
+        if not self.model:
+            raise CallError(400, "model_missing", "model is missing; GET /v1/models lists them")
+        self.stream: bool = self._field("stream", bool, False)
+        options: Mapping[str, Any] = self._field("stream_options", dict, {})
+        self.wants_usage = bool(options.get("include_usage"))
+
+    def text(self, chat: bool) -> Text:
+        """How much there is to compute.
+
+        Raises:
+            CallError: there is no prompt, or it is of no known form.
+        """
+        n = self._count("n", 1) or 1
+        best_of = self._count("best_of", 0)
+        text = self._chat() if chat else self._prompt()
+        return msgspec.structs.replace(text, sequences=text.sequences * max(n, best_of))
+
+    def prefix(self, chat: bool) -> list[bytes]:
+        """The bytes that decide what a KV cache holds, those that come first in front."""
+        parts = [bytes(self.fields[name]) for name in ("tools",) if chat and name in self.fields]
+        prompt = self.fields.get("messages" if chat else "prompt")
+        return parts if prompt is None else [*parts, bytes(prompt)]
+
+    def max_tokens(self) -> int:
+        """The most tokens that it may produce; 0 where it does not say.
+
+        Raises:
+            CallError: it is no count.
+        """
+        return self._count("max_completion_tokens", 0) or self._count("max_tokens", 0)
+
+    def prefill_leg(self, extra: Mapping[str, Any]) -> bytes:
+        """The body for the prefill engine: one token, no stream, with other fields."""
+        fields: dict[str, Any] = {name: raw for name, raw in self.fields.items() if name not in _NOT_IN_PREFILL}
+        fields["stream"] = _FALSE
+        fields["max_tokens"] = _ONE
+        if "max_completion_tokens" in fields:
+            fields["max_completion_tokens"] = _ONE
+        if "n" in fields:
+            fields["n"] = _ONE
+        return _encode(fields | dict(extra))
+
+    def whole(self, extra: Mapping[str, Any]) -> bytes:
+        """The body for the engine that answers, with other fields; a stream is asked to tell its usage."""
+        fields: dict[str, Any] = dict(self.fields)
+        if self.stream and not self.wants_usage:
+            options: dict[str, Any] = self._field("stream_options", dict, {})
+            fields["stream_options"] = {**options, "include_usage": True}
+        return _encode(fields | dict(extra))
+
+    # -- fields
+
+    def _field(self, name: str, kind: type[Any], default: Any) -> Any:
+        raw = self.fields.get(name)
+        if raw is None:
+            return default
+        try:
+            value = msgspec.json.decode(raw)
+        except msgspec.DecodeError as problem:
+            raise CallError(400, "invalid_json", f"{name}: {problem}") from None
+        if value is None:
+            return default
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise CallError(400, "invalid_field", f"{name} must be {_NAMES[kind]}")
+        return value
+
+    def _count(self, name: str, default: int) -> int:
+        count: int = self._field(name, int, default)
+        if count < 0:
+            raise CallError(400, "invalid_field", f"{name} must not be negative")
+        return count
+
+    def _prompt(self) -> Text:
+        raw = self.fields.get("prompt")
+        if raw is None:
+            raise CallError(400, "prompt_missing", "prompt is missing")
+        if len(view := memoryview(raw)) and bytes(view[:1]) == b'"':
+            return Text(len(view) - 2, 0)
+        try:
+            return _listed(msgspec.json.decode(raw))
+        except msgspec.DecodeError as problem:
+            raise CallError(400, "invalid_json", f"prompt: {problem}") from None
+
+    def _chat(self) -> Text:
+        raw = self.fields.get("messages")
+        if raw is None:
+            raise CallError(400, "messages_missing", "messages is missing")
+        tools = len(memoryview(self.fields["tools"])) if "tools" in self.fields else 0
+        content = bytes(raw)
+        if not any(mark in content for mark in _MEDIA):
+            return Text(len(content) + tools, 0)
+        try:
+            messages = msgspec.json.decode(content)
+        except msgspec.DecodeError as problem:
+            raise CallError(400, "invalid_json", f"messages: {problem}") from None
+        text_bytes, media = tools, 0
+        for part in _parts(messages):
+            if isinstance(part, str):
+                text_bytes += len(part.encode())
+            else:
+                media += 1
+        return Text(text_bytes, 0, media)
+
+
+_NAMES: dict[type[Any], str] = {str: "text", bool: "true or false", dict: "an object", int: "a whole number"}
+
+
+def _listed(prompt: object) -> Text:
+    """Prompts of tokens, or several prompts."""
+    if isinstance(prompt, list) and prompt:
+        if all(type(item) is int for item in prompt):
+            return Text(0, len(prompt))
+        if all(isinstance(item, str) for item in prompt):
+            return Text(sum(len(item.encode()) for item in prompt), 0, sequences=len(prompt))
+        if all(isinstance(item, list) and all(type(token) is int for token in item) for item in prompt):
+            return Text(0, sum(map(len, prompt)), sequences=len(prompt))
+    raise CallError(400, "invalid_field", "prompt must be text, a list of tokens, or a list of either")
+
+
+def _parts(messages: object) -> list[object]:
+    """Texts of the messages, and anything else that is in them."""
+    parts: list[object] = []
+    for message in messages if isinstance(messages, list) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else [content or ""]:
+            text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
+            parts.append(text)
+    return parts
+
+
+async def read_body(receive: Receive, headers: Headers, limit_bytes: int, idle_s: float) -> bytes:
+    """The body of a request.
+
+    Raises:
+        CallError: it is too large, comes too slowly, or its client left.
+    """
+    declared = headers.get(b"content-length", b"")
+    if declared.isdigit() and int(declared) > limit_bytes:
+        raise _too_large(limit_bytes)
+    message = await receive()
+    if message["type"] == "http.request" and not message.get("more_body"):
+        body: bytes = message.get("body", b"")
+        if len(body) > limit_bytes:
+            raise _too_large(limit_bytes)
+        return body
+    parts: list[bytes] = []
+    size = 0
+    try:
+        while True:
+            if message["type"] == "http.disconnect":
+                raise CallError(499, "client_left", "the client left")
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > limit_bytes:
+                raise _too_large(limit_bytes)
+            if not message.get("more_body"):
+                return b"".join(parts)
+            async with asyncio.timeout(idle_s):
+                message = await receive()
+    except TimeoutError:
+        raise CallError(408, "body_too_slow", f"no piece of the body came for {idle_s:g} s") from None
+
+
+def _too_large(limit_bytes: int) -> CallError:
+    return CallError(413, "body_too_large", f"the body is larger than {limit_bytes} bytes")

@@ -1,0 +1,201 @@
+"""Prefill (or mixed) instances that serve the same models, and the requests that wait for them."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+
+from kairos.adapters.gateway.calls import Call
+from kairos.adapters.gateway.instances import LiveInstance, PrefillSide
+from kairos.scheduler_core.decider import Decider
+from kairos.scheduler_core.domain import Waiting
+from kairos.scheduler_core.policy import Peer, PrefillLoad
+from kairos.scheduler_core.queue import WaitingQueue
+from kairos.scheduler_core.slo import ttft_deadline_s
+
+Views = Mapping[str, Waiting]
+"""A request as each instance sees it, by instance id."""
+
+
+class Pool:
+    """Instances that may take the same requests.
+
+    Args:
+        serves: models that can be served from the prompt to the last token.
+        shares_queue: whether requests wait unbound as a rule: placement `late`.
+    """
+
+    def __init__(self, serves: frozenset[str], mixed: bool, shares_queue: bool) -> None:
+        self.serves = serves
+        self.mixed = mixed
+        self._shares_queue = shares_queue
+        self.instances: list[LiveInstance] = []
+        self.shared: dict[object, WaitingQueue] = {}
+        """The unbound requests, as each group of instances that predict alike sees them."""
+        self.waiting_s = 0.0
+        """Predicted prefill seconds of all that waits."""
+
+    def open(self, decider: Decider, kept: Set[str]) -> None:
+        """Give every instance its lane; those in `kept` go on with the guard and the policy that they have."""
+        sides = [side_of(instance) for instance in self.instances]
+        known = [side.lane for side in sides if side.instance.instance_id in kept]
+        shared_rule = known[0].rule if known else decider.prefill_rule()
+        for side in sides:
+            own_cache = None if side.index is None else side.instance.instance_id
+            side.group = (id(side.instance.step_times), side.instance.chunk_tokens, own_cache)
+            queue = self.shared.setdefault(side.group, WaitingQueue()) if len(sides) > 1 else None
+            old = side.lane if side.instance.instance_id in kept else None
+            own_rule = decider.prefill_rule() if old is None else old.rule
+            rule = shared_rule if self._shares_queue else own_rule
+            side.lane = decider.prefill_lane(side.instance, rule, queue)
+            if old is not None:
+                side.lane.guard = old.guard
+
+    # -- who waits
+
+    def waiting_requests(self) -> int:
+        """How many wait, bound or not."""
+        shared = next(iter(self.shared.values()), ())
+        return len(shared) + sum(len(side_of(instance).lane.own) for instance in self.instances)
+
+    def views(self, call: Call) -> Views:
+        """A request as each instance sees it."""
+        by_group: dict[object, Waiting] = {}
+        views: dict[str, Waiting] = {}
+        for instance in self.instances:
+            side = side_of(instance)
+            if side.group not in by_group:
+                by_group[side.group] = waiting_of(call, side)
+            views[instance.instance_id] = by_group[side.group]
+        return views
+
+    def add(self, views: Views, place: str | None, now_s: float) -> None:
+        """Let a request wait: at the instance it was placed on, or unbound."""
+        first = next(iter(views.values()))
+        self.waiting_s += first.prefill_s
+        for instance in self.instances:
+            if len(self.instances) == 1 or instance.instance_id == place:
+                side_of(instance).lane.own.add(views[instance.instance_id], now_s)
+                return
+        for instance in self.instances:
+            queue = self.shared[side_of(instance).group]
+            if first.request_id not in queue:
+                queue.add(views[instance.instance_id], now_s)
+
+    def take(self, number: int, started: bool) -> None:
+        """Take a request out of every queue: it starts, or it left."""
+        queues: Iterable[WaitingQueue] = (
+            *(side_of(instance).lane.own for instance in self.instances),
+            *self.shared.values(),
+        )
+        seconds = 0.0
+        for queue in queues:
+            if number in queue:
+                request = queue.remove(number)
+                seconds = request.prefill_s
+                if started:
+                    queue.note_started(request)
+        self.waiting_s = max(0.0, self.waiting_s - seconds)
+
+    # -- what policies are shown
+
+    def loads(self, views: Views, now_s: float) -> list[PrefillLoad]:
+        """The instances, for the placement of an arriving request."""
+        loads = []
+        for instance in self.instances:
+            side, request = side_of(instance), views[instance.instance_id]
+            own = side.lane.own.by_arrival
+            loads.append(
+                PrefillLoad(
+                    side.instance,
+                    len(own) + len(side.flights),
+                    sum(w.remaining_tokens for w in own) + sum(side.tokens.values()),
+                    sum(w.prefill_s for w in own) + max(side.free_at_s - now_s, 0.0),
+                    request.prefill_s,
+                    request.cached_tokens,
+                )
+            )
+        return loads
+
+    def peers(self, asking: LiveInstance, now_s: float) -> Sequence[Peer]:
+        """The other instances, as the asking one sees them."""
+        asking_side = side_of(asking)
+        if len(self.instances) == 1 or not len(self.shared[asking_side.group]):
+            return ()
+        peers = []
+        for instance in self.instances:
+            side = side_of(instance)
+            if instance is not asking:
+                free_at_s = now_s if side.has_room() else next(iter(side.flights.values()))
+                seconds = None if side.group == asking_side.group else self._seconds_on(side)
+                saved = None if side.index is None else self._saved_on(side, asking_side)
+                peers.append(Peer(instance.instance_id, free_at_s, side.lane.own.by_deadline, seconds, saved))
+        return peers
+
+    def _seconds_on(self, side: PrefillSide) -> Callable[[Waiting], float]:
+        queue = self.shared[side.group]
+
+        def prefill_s(w: Waiting) -> float:
+            there = queue.get(w.request_id)
+            return w.prefill_s if there is None else there.prefill_s
+
+        return prefill_s
+
+    def _saved_on(self, side: PrefillSide, asking: PrefillSide) -> Callable[[Waiting], float]:
+        queue, here = self.shared[side.group], asking.instance
+
+        def saved_s(w: Waiting) -> float:
+            there = queue.get(w.request_id)
+            if there is None or there.cached_tokens <= w.cached_tokens:
+                return 0.0
+            seconds, chunk = here.step_times.remaining_prefill_s, here.chunk_tokens
+            return w.prefill_s - seconds(w.prompt_tokens - there.cached_tokens, there.cached_tokens, chunk)
+
+        return saved_s
+
+    def predicted_ttft_s(self, decider: Decider, views: Views, now_s: float) -> float:
+        """TTFT of an arriving request behind what the policy puts before it, on its best instance."""
+        best_s = float("inf")
+        for instance in self.instances:
+            side, request = side_of(instance), views[instance.instance_id]
+            lane = side.lane
+            lane.own.add(request, now_s)
+            order = decider.prefill_order(lane, now_s, self.peers(instance, now_s))
+            lane.own.remove(request.request_id)
+            servers = len(self.instances) if self._shares_queue else 1
+            ahead_s = 0.0
+            for w in order:
+                if w.request_id == request.request_id:
+                    break
+                ahead_s += w.prefill_s / servers
+            best_s = min(best_s, max(side.free_at_s - now_s, 0.0) + ahead_s + request.prefill_s)
+        return best_s
+
+    def roughly_s(self, views: Views, now_s: float) -> float:
+        """TTFT of an arriving request in arrival order: all that waits shared by the instances, then its own work."""
+        soonest_s = min(max(side_of(instance).free_at_s - now_s, 0.0) for instance in self.instances)
+        own_s = min(view.prefill_s for view in views.values())
+        return soonest_s + self.waiting_s / len(self.instances) + own_s
+
+
+def side_of(instance: LiveInstance) -> PrefillSide:
+    """The side of an instance of a pool that computes prompts."""
+    assert instance.prefill is not None
+    return instance.prefill
+
+
+def waiting_of(call: Call, side: PrefillSide) -> Waiting:
+    """A request as an instance sees it."""
+    cached = 0 if side.index is None else side.index.hit_tokens(call.blocks, call.prompt_bytes, call.prompt_tokens)
+    instance = side.instance
+    prefill_s = instance.step_times.remaining_prefill_s(call.prompt_tokens - cached, cached, instance.chunk_tokens)
+    return Waiting(
+        call.number,
+        call.arrival_s,
+        call.prompt_tokens,
+        call.ttft_target_s,
+        ttft_deadline_s(call.arrival_s, call.ttft_target_s),
+        prefill_s,
+        prefill_s,
+        cached,
+        0,
+        call.slo_class,
+        call.tenant,
+    )

@@ -1,0 +1,353 @@
+"""One request from its turn to its last byte: prefill leg, decode leg, first token, retry, end.
+
+The head of the answer is held back until the first token is here: until then the request can be tried once more, and
+what fails has a status of its own. From then on bytes pass as they come.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from kairos.adapters.asgi import Send
+from kairos.adapters.gateway import dialects
+from kairos.adapters.gateway.calls import Call
+from kairos.adapters.gateway.dialects import Message
+from kairos.adapters.gateway.errors import CallError, EngineRefusal, error_body, error_event
+from kairos.adapters.gateway.instances import DecodeSide, LiveInstance
+from kairos.adapters.gateway.leases import KvGrant, expired_error
+from kairos.adapters.gateway.scheduling import Scheduler
+from kairos.adapters.gateway.stream import Relayed, usage_of
+from kairos.adapters.http_client import Response, UpstreamError
+from kairos.scheduler_core.config import Timeouts
+from kairos.scheduler_core.slo import NO_TARGET_S
+
+_ATTEMPTS = 2
+_SSE = b"text/event-stream; charset=utf-8"
+_JSON = b"application/json"
+
+
+class Reply:
+    """The answer to the client; its head goes out with the first bytes."""
+
+    __slots__ = ("_call", "_send", "began")
+
+    def __init__(self, call: Call, send: Send) -> None:
+        self._call = call
+        self._send = send
+        self.began = False
+
+    async def whole(self, status: int, body: bytes, extra: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+        """An answer in one piece."""
+        self.began = self._call.answered = True
+        length = (b"content-length", b"%d" % len(body))
+        headers = [(b"content-type", _JSON), length, *told(self._call), *extra]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def piece(self, data: bytes) -> None:
+        """A piece of a stream."""
+        if not self.began:
+            self.began = True
+            headers = [
+                (b"content-type", _SSE),
+                (b"cache-control", b"no-cache"),
+                (b"x-accel-buffering", b"no"),
+                *told(self._call),
+            ]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self) -> None:
+        """The end of a stream."""
+        self._call.answered = True
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def error(self, error: CallError) -> None:
+        """An error: an answer of its own, or the event that ends a stream; nothing after the end."""
+        if self._call.answered:
+            return
+        if self.began:
+            await self.piece(error_event(error))
+            await self.end()
+            return
+        retry = () if error.retry_after_s is None else ((b"retry-after", b"%d" % error.retry_after_s),)
+        await self.whole(error.status, error_body(error), retry)
+
+
+def told(call: Call) -> list[tuple[bytes, bytes]]:
+    """The headers that say what was decided."""
+    request_id = call.request_id.encode()
+    headers = [
+        (b"x-request-id", request_id),
+        (b"x-kairos-request-id", request_id),
+        (b"x-kairos-decision-us", b"%d" % call.decision_us),
+    ]
+    if call.prefill is not None:
+        headers.append((b"x-kairos-prefill-instance", call.prefill.instance_id.encode()))
+    if call.decode is not None:
+        headers.append((b"x-kairos-decode-instance", call.decode.instance_id.encode()))
+    return headers
+
+
+class Relay:
+    """Serves requests from the scheduler's decisions.
+
+    Args:
+        lease_s: how long a NIXL prefill engine holds KV.
+        suspect: told an instance that failed a request.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, timeouts: Timeouts, lease_s: float, suspect: Callable[[LiveInstance, str], None]
+    ) -> None:
+        self._scheduler = scheduler
+        self.timeouts = timeouts
+        self._lease_s = lease_s
+        self._suspect = suspect
+        self.retries = 0
+
+    async def serve(self, call: Call, reply: Reply) -> None:
+        """Answer a request, trying once more what fails before its first token.
+
+        Raises:
+            CallError: it has no (whole) answer; nobody has told the client.
+            CancelledError: the task was stopped by someone else than `call.interrupt`.
+        """
+        self._scheduler.arrive(call)
+        while True:
+            call.attempts += 1
+            try:
+                await self._attempt(call, reply)
+                return
+            except CallError as problem:
+                error = problem
+            except UpstreamError as problem:
+                error = _as_error(problem)
+            except asyncio.CancelledError:
+                if call.interruption is None or call.task is None:
+                    raise
+                error, call.interruption = call.interruption, None
+                call.task.uncancel()
+            if error.code == "engine_unreachable":  # nothing was sent; it is out of the queues now
+                call.attempts -= 1
+            if reply.began or call.attempts >= _ATTEMPTS or not error.may_retry:
+                raise error
+            self._scheduler.again(call)
+            self.retries += 1
+
+    async def _attempt(self, call: Call, reply: Reply) -> None:
+        if call.prefill is None:
+            call.turn = asyncio.get_running_loop().create_future()
+            await call.turn
+        prefill = call.prefill
+        assert prefill is not None
+        call.deadline_s = call.dispatch_s + self.timeouts.first_token_s
+        if call.ttft_target_s < self.timeouts.total_s:
+            call.deadline_s += call.ttft_target_s
+        try:
+            if prefill.role == "mixed":
+                await self._alone(call, prefill, reply)
+            elif prefill.handshake == "nixl":
+                await self._serial(call, prefill, reply)
+            else:
+                await self._concurrent(call, prefill, reply)
+        finally:
+            call.deadline_s = NO_TARGET_S
+            call.grant = None
+
+    # -- handshakes
+
+    async def _alone(self, call: Call, instance: LiveInstance, reply: Reply) -> None:
+        """Both stages on one instance. Without a stream nobody sees the prompt end: as long as predicted."""
+        assert instance.prefill is not None
+        assert instance.decode is not None
+        timer = None
+        if not call.body.stream:
+            call.deadline_s = NO_TARGET_S
+            wait_s = instance.prefill.flights[call.number] - time.monotonic()
+            timer = asyncio.get_running_loop().call_later(max(0.0, wait_s), self._scheduler.prefill_ended, call)
+        try:
+            response = await self._ask(call, instance, dialects.alone(call, instance))
+            await self._answer(call, response, instance, instance.decode, reply)
+        finally:
+            if timer is not None:
+                timer.cancel()
+
+    async def _serial(self, call: Call, prefill: LiveInstance, reply: Reply) -> None:
+        response = await self._ask(call, prefill, dialects.nixl_prefill(call, prefill))
+        body = await self._body(call, response, prefill)
+        params, call.usage = dialects.nixl_params(body)
+        now_s = time.monotonic()
+        call.grant = KvGrant(params, self._lease_s, now_s)
+        self._scheduler.prefill_ended(call)
+        side = self._scheduler.place_decode(call)
+        decode = call.decode
+        assert decode is not None
+        if not call.body.stream:
+            call.deadline_s = NO_TARGET_S
+        message = dialects.nixl_decode(call, decode, call.grant.take(now_s))
+        if not call.body.stream and not side.tells_steps:  # nobody could see that it is decoded in time
+            call.grant = None
+        response = await self._ask(call, decode, message)
+        await self._answer(call, response, decode, side, reply)
+
+    async def _concurrent(self, call: Call, prefill: LiveInstance, reply: Reply) -> None:
+        """Both legs at once; when one fails the other is given up."""
+        side = self._scheduler.place_decode(call)
+        decode = call.decode
+        assert decode is not None
+        first, second = dialects.both_legs(call, prefill, decode)
+        if not call.body.stream:
+            call.deadline_s = NO_TARGET_S
+        leg = asyncio.ensure_future(self._prefill_leg(call, prefill, first))
+        leg.add_done_callback(lambda done: _prefill_failed(call, done))
+        try:
+            response = await self._ask(call, decode, second)
+            await self._answer(call, response, decode, side, reply)
+        finally:
+            if not leg.done():
+                leg.cancel()
+                await asyncio.gather(leg, return_exceptions=True)
+
+    async def _prefill_leg(self, call: Call, prefill: LiveInstance, message: Message) -> None:
+        await self._body(call, await self._ask(call, prefill, message), prefill)
+        self._scheduler.prefill_ended(call)
+
+    # -- answers
+
+    async def _ask(self, call: Call, instance: LiveInstance, message: Message) -> Response:
+        try:
+            return await instance.http.send(
+                b"POST",
+                call.path,
+                message.headers,
+                message.body,
+                first_byte_s=self.timeouts.total_s,
+                idle_s=self.timeouts.idle_s,
+            )
+        except UpstreamError as problem:
+            self._failed(call, instance, problem)
+            raise
+
+    async def _body(self, call: Call, response: Response, instance: LiveInstance) -> bytes:
+        """The body of a good answer."""
+        try:
+            body = await response.body()
+        except UpstreamError as problem:
+            self._failed(call, instance, problem)
+            raise
+        finally:
+            response.close()
+        if response.status != 200:
+            call.failed_on.add(instance.instance_id)
+            raise _refusal(response.status, body)
+        return body
+
+    def _failed(self, call: Call, instance: LiveInstance, problem: UpstreamError) -> None:
+        call.failed_on.add(instance.instance_id)
+        self._suspect(instance, problem.kind)
+
+    async def _answer(
+        self, call: Call, response: Response, instance: LiveInstance, side: DecodeSide, reply: Reply
+    ) -> None:
+        """Pass an engine's answer on."""
+        try:
+            if response.status != 200 or not call.body.stream:
+                body = await self._body(call, response, instance)
+                self._first_token(call, side)
+                call.usage = usage_of(body) or call.usage
+                call.output_tokens = call.usage.completion_tokens or 0 if call.usage else 0
+                call.last_token_s = call.first_token_s
+                await reply.whole(200, body)
+            else:
+                await self._stream(call, response, instance, side, reply)
+        finally:
+            response.close()
+
+    async def _stream(
+        self, call: Call, response: Response, instance: LiveInstance, side: DecodeSide, reply: Reply
+    ) -> None:
+        relayed = Relayed(keep_usage=call.body.wants_usage)
+        held = b""
+        while True:
+            try:
+                data = await response.chunk()
+            except UpstreamError as problem:
+                self._failed(call, instance, problem)
+                raise
+            if not data:
+                break
+            try:
+                data = relayed.feed(data)
+            except CallError:
+                call.failed_on.add(instance.instance_id)
+                raise
+            if relayed.events > call.output_tokens:
+                side.last_token_s = call.last_token_s = time.monotonic()
+                side.grow(call, relayed.events - call.output_tokens)
+                call.output_tokens = relayed.events
+                if not call.first_token_s:
+                    self._first_token(call, side)
+            if not reply.began:
+                held += data
+                if not call.first_token_s:
+                    continue
+                data = held
+            if data:
+                await reply.piece(data)
+        if not relayed.done:
+            raise CallError(502, "engine_error", "the engine's answer ended before its end")
+        if not reply.began:  # nothing was produced
+            self._first_token(call, side)
+            await reply.piece(held)
+        call.usage = relayed.usage or call.usage
+        if relayed.usage is not None and relayed.usage.completion_tokens:
+            call.output_tokens = relayed.usage.completion_tokens
+        await reply.end()
+
+    def _first_token(self, call: Call, side: DecodeSide) -> None:
+        """The first token is here.
+
+        Raises:
+            CallError: it was made from KV that may have been gone.
+        """
+        now_s = time.monotonic()
+        side.last_token_s = now_s
+        if call.grant is not None and call.body.stream:
+            if call.grant.expired(now_s):
+                raise expired_error()
+            call.grant = None
+        call.first_token_s = now_s
+        call.deadline_s = NO_TARGET_S
+        side.enter(call)
+        self._scheduler.prefill_ended(call)
+
+
+def _prefill_failed(call: Call, leg: "asyncio.Future[None]") -> None:
+    """Give the decode leg up when the prefill leg beside it has failed."""
+    problem = None if leg.cancelled() else leg.exception()
+    if call.first_token_s:  # the KV was there
+        return
+    if isinstance(problem, UpstreamError):
+        call.interrupt(_as_error(problem))
+    elif isinstance(problem, CallError):
+        call.interrupt(problem)
+
+
+def _as_error(problem: UpstreamError) -> CallError:
+    if problem.kind == "timeout":
+        return CallError(504, "engine_timeout", "the engine did not answer in time")
+    if problem.kind == "connect":
+        return CallError(503, "engine_unreachable", "the engine cannot be reached", 1, may_retry=True)
+    return CallError(502, "engine_lost", "the engine's connection ended before its answer", may_retry=True)
+
+
+def _refusal(status: int, body: bytes) -> CallError:
+    """What an engine's answer other than 200 means to the client."""
+    if status in (401, 403):
+        return CallError(502, "engine_key", "the engine does not take the gateway's key")
+    if status in (408, 429, 502, 503, 504):
+        return CallError(503, "engine_busy", "the engine takes no more requests now", 1, may_retry=True)
+    if 400 <= status < 500:
+        return EngineRefusal(status, body)
+    return CallError(502, "engine_error", "the engine failed", may_retry=True)

@@ -1,0 +1,299 @@
+"""Who runs next and where: the active strategy's Decider over the live fleet, asked as late as possible.
+
+Requests wait here, in front of each prefill instance, which has a bounded number of prompts at a time. A decision
+counts as load at once. Everything runs in the event loop's thread; nothing here waits.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Set
+
+from kairos.adapters.gateway.calls import Call, Met
+from kairos.adapters.gateway.errors import CallError
+from kairos.adapters.gateway.instances import DecodeSide, LiveInstance, resident_of
+from kairos.adapters.gateway.pools import Pool, Views, side_of, waiting_of
+from kairos.scheduler_core.config import Guards
+from kairos.scheduler_core.decider import Decider
+from kairos.scheduler_core.decision import PrefillDecision
+from kairos.scheduler_core.policy import AdmissionView, DecodePlacementView, PrefillPlacementView
+from kairos.scheduler_core.strategy import Strategy, not_applied
+
+_SOON_S = 1
+"""Retry-After where nothing better is known."""
+
+
+class Scheduler:
+    """The queues of the gateway.
+
+    Args:
+        clock: seconds, monotonic.
+        max_waiting: requests that may wait.
+
+    Raises:
+        UnknownPolicyError, ConfigError: the strategy cannot be built.
+    """
+
+    def __init__(self, strategy: Strategy, guards: Guards, clock: Callable[[], float], max_waiting: int) -> None:
+        self._guards = guards
+        self._clock = clock
+        self._max_waiting = max_waiting
+        self.decider = Decider(strategy, guards.deferred_share, guards.decision_budget_s)
+        self.instances: dict[str, LiveInstance] = {}
+        self.waiting: dict[int, Call] = {}
+        """By number, so in order of arrival."""
+        self.pools: list[Pool] = []
+        self._fallbacks_before = Counter[str]()
+        self._dispatches = 0
+
+    @property
+    def fallbacks(self) -> Counter[str]:
+        """Decisions in which arrival order or the least load replaced a policy, by policy and error."""
+        return self._fallbacks_before + self.decider.validity.fallbacks
+
+    def notes(self) -> list[str]:
+        """What the strategy asks for that a gateway cannot carry out."""
+        prefill = [i.prefill.instance.control for i in self.instances.values() if i.prefill]
+        decode = [i.decode.instance.control for i in self.instances.values() if i.decode]
+        return not_applied(self.decider.strategy, prefill, decode)
+
+    # -- the fleet and the strategy
+
+    def rebuild(self) -> None:
+        """Lay the queues out anew: an instance came, went or changed its state.
+
+        What waits is placed again, in order of arrival; what nothing can serve any more ends.
+        """
+        self._lay_out({instance.instance_id for pool in self.pools for instance in pool.instances})
+
+    def adopt(self, strategy: Strategy) -> None:
+        """Decide by another strategy from now on.
+
+        Raises:
+            UnknownPolicyError, ConfigError: it cannot be built; the old one stays.
+        """
+        decider = Decider(strategy, self._guards.deferred_share, self._guards.decision_budget_s)
+        self._fallbacks_before += self.decider.validity.fallbacks
+        self.decider = decider
+        self._lay_out(set())
+
+    def _lay_out(self, kept: Set[str]) -> None:
+        pools: dict[tuple[frozenset[str], bool], Pool] = {}
+        shares_queue = self.decider.strategy.prefill_placement.name == "late"
+        for instance in self.instances.values():
+            if serves := self._servable(instance):
+                mixed = instance.role == "mixed"
+                pool = pools.setdefault((serves, mixed), Pool(serves, mixed, shares_queue))
+                pool.instances.append(instance)
+        self.pools = list(pools.values())
+        for pool in self.pools:
+            pool.open(self.decider, kept)
+        for call in sorted(self.waiting.values(), key=lambda call: call.number):
+            try:
+                pool = self._pool(call)
+                self._let_wait(call, pool, pool.views(call))
+            except CallError as problem:
+                del self.waiting[call.number]
+                _resolve(call, problem)
+        self.stir()
+
+    def _servable(self, instance: LiveInstance) -> frozenset[str]:
+        """Models that prompts sent there can be served for, to their last token."""
+        if not instance.is_ready or instance.prefill is None:
+            return frozenset()
+        if instance.role == "mixed":
+            return instance.serves
+        decodes: set[str] = set()
+        for other in self.instances.values():
+            if other.role == "decode" and other.is_ready and other.handshake == instance.handshake:
+                decodes |= other.serves
+        return instance.serves & decodes
+
+    # -- the life of a request
+
+    def arrive(self, call: Call) -> None:
+        """Take a request in: admission, placement; it may be dispatched at once.
+
+        Raises:
+            CallError: it is refused.
+        """
+        pool = self._pool(call)
+        if len(self.waiting) >= self._max_waiting:
+            raise CallError(429, "too_many_waiting", f"{self._max_waiting} requests wait already", _SOON_S)
+        now_s = self._clock()
+        started_ns = time.perf_counter_ns()
+        views = pool.views(call)
+        if not self.decider.accepts_all:
+            self._admit(pool, views, now_s)
+        call.predicted_ttft_s = now_s - call.arrival_s + pool.roughly_s(views, now_s)
+        self._let_wait(call, pool, views)
+        call.decision_us += (time.perf_counter_ns() - started_ns) / 1e3
+        self.stir(pool)
+
+    def again(self, call: Call) -> None:
+        """Let a request that failed before its first token wait once more, elsewhere if there is another place.
+
+        It was admitted already.
+
+        Raises:
+            CallError: nothing can serve it any more.
+        """
+        self.release(call)
+        call.prefill = call.decode = None
+        pool = self._pool(call)
+        others = [i for i in pool.instances if i.instance_id not in call.failed_on] or pool.instances
+        place = min(others, key=lambda instance: side_of(instance).free_at_s)
+        pool.add(pool.views(call), place.instance_id, self._clock())
+        self.waiting[call.number] = call
+        self.stir(pool)
+
+    def stir(self, only: Pool | None = None) -> None:
+        """Let every instance that has room decide."""
+        for pool in self.pools if only is None else (only,):
+            for instance in pool.instances:
+                side = side_of(instance)
+                while side.has_room() and side.lane.waits():
+                    now_s = self._clock()
+                    started_ns = time.perf_counter_ns()
+                    decision = self.decider.next_prefill(side.lane, now_s, pool.peers(instance, now_s))
+                    if decision is None:
+                        break
+                    self._dispatch(pool, instance, decision, now_s, started_ns)
+
+    def prefill_ended(self, call: Call) -> None:
+        """A prompt is done, or given up; another may take its place."""
+        instance = call.prefill
+        if instance is None or instance.prefill is None or call.number not in instance.prefill.flights:
+            return
+        side = instance.prefill
+        tokens = side.tokens[call.number]
+        seconds = side.end(call, self._clock())
+        self.decider.prefill_ended(side.lane, seconds, tokens, [call.number])
+        self.stir()
+
+    def place_decode(self, call: Call) -> DecodeSide:
+        """The decode instance of a request, and count it there.
+
+        Raises:
+            CallError: there is none.
+        """
+        assert call.prefill is not None
+        handshake = call.prefill.handshake
+        able = [
+            instance
+            for instance in self.instances.values()
+            if instance.role == "decode"
+            and instance.is_ready
+            and instance.handshake == handshake
+            and call.model in instance.serves
+        ]
+        if not able:
+            raise CallError(503, "no_instance", "no decode instance answers", _SOON_S)
+        able = [instance for instance in able if instance.instance_id not in call.failed_on] or able
+        started_ns = time.perf_counter_ns()
+        place = able[0]
+        if len(able) > 1:
+            loads = [instance.decode.load() for instance in able if instance.decode is not None]
+            now_s = self._clock()
+            name = self.decider.place_decode(DecodePlacementView(now_s, resident_of(call, now_s), loads))
+            place = self.instances[name]
+        call.decision_us += (time.perf_counter_ns() - started_ns) / 1e3
+        assert place.decode is not None
+        call.decode = place
+        place.decode.expect(call)
+        return place.decode
+
+    def release(self, call: Call) -> None:
+        """A request ended, however: it counts nowhere any more. More than once is once."""
+        if self.waiting.pop(call.number, None) is not None:
+            for pool in self.pools:
+                pool.take(call.number, started=False)
+        self.prefill_ended(call)
+        if call.decode is not None and call.decode.decode is not None:
+            call.decode.decode.leave(call)
+
+    # -- parts
+
+    def _pool(self, call: Call) -> Pool:
+        """The least busy pool that can take a request."""
+        able = [pool for pool in self.pools if call.model in pool.serves]
+        if call.text.sequences > 1 and able:
+            able = [pool for pool in able if pool.mixed]
+            if not able:
+                raise CallError(
+                    400,
+                    "several_sequences",
+                    "n, best_of and lists of prompts cannot be handed from prefill to decode; send one request each",
+                )
+        if not able:
+            if all(call.model not in instance.serves for instance in self.instances.values()):
+                raise CallError(404, "model_not_found", f"the model '{call.model}' does not exist")
+            raise CallError(503, "no_instance", f"no instance that serves '{call.model}' answers now", _SOON_S)
+        if len(able) == 1:
+            return able[0]
+        return min(able, key=lambda pool: pool.waiting_requests() / len(pool.instances))
+
+    def _admit(self, pool: Pool, views: Views, now_s: float) -> None:
+        predicted_ttft_s = (
+            pool.predicted_ttft_s(self.decider, views, now_s) if self.decider.needs_prediction else float("nan")
+        )
+        first = next(iter(views.values()))
+        answer = self.decider.admit(AdmissionView(now_s, first, predicted_ttft_s, pool.waiting_requests()))
+        if not answer.accept:
+            message = "refused on arrival: " + answer.reason.replace("_", " ")
+            raise CallError(answer.status, answer.reason, message, answer.retry_after_s or _SOON_S)
+
+    def _let_wait(self, call: Call, pool: Pool, views: Views) -> None:
+        now_s = self._clock()
+        place = None
+        if len(pool.instances) > 1:
+            first = next(iter(views.values()))
+            place = self.decider.place_prefill(PrefillPlacementView(now_s, first, pool.loads(views, now_s)))
+        pool.add(views, place, now_s)
+        self.waiting[call.number] = call
+
+    def _dispatch(
+        self, pool: Pool, instance: LiveInstance, decision: PrefillDecision, now_s: float, started_ns: int
+    ) -> None:
+        """Send the first of a decision: a gateway sends whole prompts, one at a time."""
+        side = side_of(instance)
+        self.decider.prefill_started(side.lane, decision)
+        number = decision.requests[0].request_id
+        assert isinstance(number, int)
+        call = self.waiting.pop(number)
+        pool.take(number, started=True)
+        call.prefill = instance
+        call.dispatch_s = now_s
+        self._dispatches += 1
+        call.dispatch_rank = self._dispatches
+        call.met = _met(instance)
+        fresh = waiting_of(call, side)
+        call.expected_cached_tokens = fresh.cached_tokens
+        if side.index is not None:
+            side.index.use(call.blocks)
+        side.send(call, fresh.prefill_s, now_s)
+        if instance.role == "mixed" and instance.decode is not None:
+            call.decode = instance
+            instance.decode.expect(call)
+        call.decision_us += (time.perf_counter_ns() - started_ns) / 1e3
+        _resolve(call)
+
+
+def _resolve(call: Call, problem: CallError | None = None) -> None:
+    """Tell the task of a request that its turn has come, or never will."""
+    if call.turn is None or call.turn.done():
+        return
+    if problem is None:
+        call.turn.set_result(None)
+    else:
+        call.turn.set_exception(problem)
+
+
+def _met(instance: LiveInstance) -> Met:
+    side, decode = side_of(instance), instance.decode
+    return Met(
+        running=len(side.flights) + (len(decode.residents) if decode else 0),
+        waiting=len(side.lane.own) + (0 if side.lane.shared is None else len(side.lane.shared)),
+        prefill_tokens_in_flight=sum(side.tokens.values()),
+        decode_tokens_in_flight=decode.sum_context_tokens if decode else 0,
+        kv_usage_share=instance.scraped.kv_usage_share,
+    )

@@ -1,0 +1,143 @@
+"""What passes through on its way to the client: the first token, how many came, usage, errors, without changing it.
+
+Events are told apart by the fields that the OpenAI API gives them; the text in them is looked at for being there only.
+"""
+
+import re
+from typing import Any
+
+import msgspec
+
+from kairos.adapters.gateway.errors import CallError
+
+_EVENT_END = re.compile(rb"\r?\n\r?\n")
+_TOKEN_FIELDS = ("content", "reasoning_content", "reasoning", "tool_calls", "function_call", "refusal")
+
+
+class Cached(msgspec.Struct, frozen=True, gc=False):
+    """`usage.prompt_tokens_details`."""
+
+    cached_tokens: int | None = None
+
+
+class Usage(msgspec.Struct, frozen=True, gc=False):
+    """The tokens of an answer, by the engine's count."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int | None = 0
+    prompt_tokens_details: Cached | None = None
+
+    @property
+    def cached_tokens(self) -> int | None:
+        """Prompt tokens that were in the KV cache; None: it does not say."""
+        return None if self.prompt_tokens_details is None else self.prompt_tokens_details.cached_tokens
+
+
+class _Chunk(msgspec.Struct, gc=False):
+    choices: list[dict[str, Any]] = []
+    usage: Usage | None = None
+    error: Any = None
+
+
+class _Answer(msgspec.Struct, gc=False):
+    usage: Usage | None = None
+
+
+_chunk = msgspec.json.Decoder(_Chunk).decode
+_answer = msgspec.json.Decoder(_Answer).decode
+
+
+def usage_of(body: bytes) -> Usage | None:
+    """The usage in an answer without streaming; None without one."""
+    try:
+        return _answer(body).usage
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+class Relayed:
+    """Reads one stream as it passes.
+
+    Args:
+        keep_usage: whether the client asked for the usage event; if not it is taken out.
+    """
+
+    __slots__ = ("_keep_usage", "_rest", "done", "events", "saw_token", "usage")
+
+    def __init__(self, keep_usage: bool) -> None:
+        self._keep_usage = keep_usage
+        self._rest = b""
+        self.saw_token = False
+        """A first token has passed: content, reasoning or a tool call."""
+        self.events = 0
+        """Events with choices since the first token, that one included."""
+        self.usage: Usage | None = None
+        self.done = False
+        """The end mark has passed."""
+
+    def feed(self, data: bytes) -> bytes:
+        """What of the stream may go to the client now: whole events.
+
+        Raises:
+            CallError: an error event, which is not passed on.
+        """
+        if (
+            self.saw_token
+            and not self._rest
+            and data.endswith(b"\n\n")
+            and b'"usage":{' not in data
+            and b'{"error"' not in data
+            and b"[DONE]" not in data
+        ):
+            self.events += data.count(b"data: ")
+            return data
+        return self._slowly(data)
+
+    def end(self) -> bytes:
+        """What is left of the stream after its last whole event."""
+        rest, self._rest = self._rest, b""
+        return rest
+
+    def _slowly(self, data: bytes) -> bytes:
+        data = self._rest + data
+        out: list[bytes] = []
+        start = 0
+        for match in _EVENT_END.finditer(data):
+            event = data[start : match.end()]
+            if self._look_at(event):
+                out.append(event)
+            start = match.end()
+        self._rest = data[start:]
+        return b"".join(out)
+
+    def _look_at(self, event: bytes) -> bool:
+        """Take notice of an event; whether the client gets it."""
+        content = b"".join(
+            line[5:].strip() for line in event.splitlines() if line.startswith(b"data:")
+        )  # other lines are comments and fields that the API does not use
+        if not content:
+            return True
+        if content == b"[DONE]":
+            self.done = True
+            return True
+        try:
+            chunk = _chunk(content)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return True
+        if chunk.error is not None:
+            raise CallError(502, "engine_error", "the engine failed while it answered", may_retry=True)
+        if chunk.usage is not None:
+            self.usage = chunk.usage
+        if not chunk.choices:
+            return chunk.usage is None or self._keep_usage
+        if self.saw_token or any(map(_has_token, chunk.choices)):
+            self.saw_token = True
+            self.events += 1
+        return True
+
+
+def _has_token(choice: dict[str, Any]) -> bool:
+    delta = choice.get("delta")
+    if isinstance(delta, dict):
+        return any(delta.get(field) for field in _TOKEN_FIELDS)
+    return bool(choice.get("text"))

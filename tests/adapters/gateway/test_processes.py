@@ -1,0 +1,68 @@
+"""`kairos gateway` and `kairos worker emulate` as processes, as a user runs them."""
+
+import os
+import signal
+import sqlite3
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from command_line import kairos
+from gateways import free_ports, process, wait_for
+from serving import served
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "gateway.yaml"
+ASKED = {"model": "Qwen/Qwen3-32B", "prompt": "hello there", "max_tokens": 5}
+
+
+def test_workers_a_gateway_and_a_control_plane_work_together_as_processes(tmp_path: Path) -> None:
+    prefill, decode, front = free_ports(3)
+    database = tmp_path / "kairos.db"
+    assert kairos("db", "upgrade", "--url", f"sqlite:///{database}").code == 0
+    with ExitStack() as stack:
+        url, _ = stack.enter_context(served(os.environ | {"KAIROS_STORE__URL": f"sqlite:///{database}"}))
+        document = yaml.safe_load(EXAMPLE.read_text())
+        document["fleet"]["prefill"][0]["url"] = f"http://127.0.0.1:{prefill}"
+        document["fleet"]["decode"][0]["url"] = f"http://127.0.0.1:{decode}"
+        document["gateway"] = {"port": front, "control_plane": {"url": url}, "timeouts": {"drain_s": 5}}
+        config = tmp_path / "kairos.yaml"
+        config.write_text(yaml.safe_dump(document))
+        for role, port in (("prefill", prefill), ("decode", decode)):
+            options = ("--role", role, "--port", port, "--control-plane", url)
+            stack.enter_context(process("worker", "emulate", "--config", config, *options))
+        gateway = stack.enter_context(process("gateway", "--config", config))
+        wait_for(f"http://127.0.0.1:{front}/health")
+
+        answer = httpx.post(f"http://127.0.0.1:{front}/v1/completions", json=ASKED)
+        config.write_text("nonsense: 1")
+        gateway.send_signal(signal.SIGHUP)
+        wait_for(f"http://127.0.0.1:{front}/health")
+        again = httpx.post(f"http://127.0.0.1:{front}/v1/completions", json=ASKED)
+    with sqlite3.connect(database) as rows:
+        steps, requests = (
+            rows.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ("steps", "requests")
+        )
+
+    assert answer.json()["choices"][0]["text"] == again.json()["choices"][0]["text"] == " t1 t2 t3 t4 t5"
+    assert (steps, requests) == (12, 2), "two prefill steps, ten decode steps"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("gateway", "--config", "{example}", "--host", "0.0.0.0"), "give keys"),
+        (("gateway", "--config", "{simulated}"), "no group of the fleet has a url"),
+        (("worker", "emulate", "--config", "{example}", "--role", "mixed"), "fleet.mixed has 0 groups"),
+        (("worker", "emulate", "--config", "{example}", "--role", "prefill", "--fault", "boom:1"), "write KIND:SHARE"),
+    ],
+)
+def test_a_mistake_ends_with_one_line_and_code_2(arguments: tuple[str, ...], said: str) -> None:
+    places = {"example": EXAMPLE, "simulated": EXAMPLE.with_name("kairos.yaml")}
+
+    ended = kairos(*(argument.format(**places) for argument in arguments))
+
+    assert ended.code == 2
+    assert said in ended.stderr
+    assert ended.stderr.count("\n") == 1
