@@ -41,9 +41,9 @@ class Clock(NamedTuple):
         """
         return ANCHOR_S + (utc_s - ANCHOR_S) * self.scale
 
-    def real_s(self, seconds: float) -> float:
-        """How long so many experiment seconds take."""
-        return seconds / self.scale
+    def in_s(self, real_s: float) -> float:
+        """The instant so many real seconds from now."""
+        return self.at(time.time() + real_s)
 
 
 def iso(at_s: float) -> str:

@@ -26,6 +26,8 @@ def upgrade() -> None:
     for column in added:
         op.add_column("requests", column)
     op.create_index("ix_requests_arrived_at_s", "requests", ["arrived_at_s"])
+    told = sa.text("session IS NOT NULL")
+    op.create_index("ix_requests_session", "requests", ["session"], sqlite_where=told, postgresql_where=told)
     op.add_column("models", sa.Column("report", sa.JSON))
     op.create_table(
         "events",
@@ -94,10 +96,12 @@ def upgrade() -> None:
     op.create_table(
         "experiments",
         sa.Column("id", sa.String(64), nullable=False),
+        sa.Column("design", sa.String(16), nullable=False),
         sa.Column("plan", sa.JSON, nullable=False),
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("started_at_s", sa.Double, nullable=False),
         sa.Column("generation", key, nullable=False),
+        sa.Column("key", sa.LargeBinary(32)),
         sa.Column("ended_at", date),
         sa.Column("record", sa.JSON),
         sa.PrimaryKeyConstraint("id", name="pk_experiments"),
@@ -105,9 +109,10 @@ def upgrade() -> None:
     op.create_table(
         "experiment_pairs",
         sa.Column("experiment", sa.String(64), nullable=False),
+        sa.Column("kind", sa.String(16), nullable=False),
         sa.Column("i", sa.Integer, nullable=False),
         sa.Column("observed", sa.JSON, nullable=False),
-        sa.PrimaryKeyConstraint("experiment", "i", name="pk_experiment_pairs"),
+        sa.PrimaryKeyConstraint("experiment", "kind", "i", name="pk_experiment_pairs"),
         sa.ForeignKeyConstraint(["experiment"], ["experiments.id"], name="fk_experiment_pairs_experiment"),
     )
     op.create_table(
@@ -129,6 +134,7 @@ def downgrade() -> None:
     for table in ("decisions", "leases", "events"):
         op.drop_table(table)
     op.drop_column("models", "report")
+    op.drop_index("ix_requests_session", "requests")
     op.drop_index("ix_requests_arrived_at_s", "requests")
     for added in ("arrived_at_s", "status", "ttft_target_s", "tpot_target_s", "wait_s", "strategy", "session", "pool"):
         op.drop_column("requests", added)

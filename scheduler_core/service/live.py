@@ -4,6 +4,9 @@ from collections.abc import Sequence
 
 from starlette.routing import BaseRoute
 
+from kairos.scheduler_core.service.experiments.keeper import Experiments
+from kairos.scheduler_core.service.experiments.replaying import ReplayProcess
+from kairos.scheduler_core.service.experiments.runner import Runner
 from kairos.scheduler_core.service.plane import Plane
 from kairos.scheduler_core.service.routes.experiments import experiments_router
 from kairos.scheduler_core.service.routes.strategies import strategies_router
@@ -11,21 +14,29 @@ from kairos.scheduler_core.service.strategies import Strategies
 
 
 class Live:
-    """Strategies and experiments of one service."""
+    """Strategies, and experiments where there is a store."""
 
     def __init__(self, plane: Plane) -> None:
         self.strategies = Strategies(plane)
-        self.database = plane.database
+        self.experiments: Experiments | None = None
+        self.runner: Runner | None = None
+        if plane.database:
+            self.experiments = Experiments(plane, plane.database, self.strategies)
+            self.runner = Runner(self.experiments, ReplayProcess(plane.replay) if plane.replay else None)
 
     def routes(self) -> Sequence[BaseRoute]:
         """Its routes."""
-        routes = list(strategies_router(self.strategies).routes)
-        if self.database:
-            routes += experiments_router(self.database).routes
+        routes = list(strategies_router(self.strategies, self.experiments).routes)
+        if self.experiments and self.runner:
+            routes += experiments_router(self.experiments, self.runner).routes
         return routes
 
     def start(self) -> None:
-        """Nothing yet."""
+        """Begin to run experiments."""
+        if self.runner:
+            self.runner.start()
 
     def stop(self) -> None:
-        """Nothing yet."""
+        """Leave them to other replicas."""
+        if self.runner:
+            self.runner.stop()

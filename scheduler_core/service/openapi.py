@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from kairos.scheduler_core.service.access import rule_for
+from kairos.scheduler_core.service.experiments.record import Record
 from kairos.scheduler_core.service.problems import PROBLEM_TYPE, problem_of
 from kairos.scheduler_core.service.schemas import (
     Answer,
@@ -26,7 +27,8 @@ def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
     """FastAPI's document, with the bodies that msgspec reads and writes; with the routes for telemetry or without."""
     document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
     example = json.loads(files("kairos.scheduler_core.service").joinpath("example.json").read_text("utf-8"))
-    types = [Snapshot, Answer, Problem, StepsBody, StepRow, RequestsBody, RequestRow, TelemetryAnswer]
+    types = [Snapshot, Answer, Problem]
+    types += [StepsBody, StepRow, RequestsBody, RequestRow, TelemetryAnswer, Record] if telemetry else []
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     snapshot, answer, problem, *of_telemetry = schemas
     document["paths"]["/schedule"] = {
@@ -50,12 +52,9 @@ def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
         }
     }
     if telemetry:
-        steps_body, step, requests_body, request, stored = of_telemetry
+        steps_body, step, requests_body, request, stored, _ = of_telemetry
         for name, body, row in (("steps", steps_body, step), ("requests", requests_body, request)):
             document["paths"][f"/telemetry/{name}"] = {"post": _telemetry(name, body, row, stored, problem)}
-    else:
-        for told in (StepsBody, StepRow, RequestsBody, RequestRow, TelemetryAnswer):
-            del components[told.__name__]
     document["components"]["schemas"].update(components)
     _complete(document, problem)
     return document

@@ -6,9 +6,12 @@ configuration says, as version 0.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
+
+from sqlalchemy import Connection
 
 from kairos.scheduler_core.config import StrategySettings
 from kairos.scheduler_core.errors import ConfigError, ConflictError, InputError, UnknownNameError
@@ -62,13 +65,17 @@ class Known:
             UnknownNameError: there is no such strategy, or no such version of it.
         """
         newest = self.newest(name)
-        if version is None:
-            return newest
-        try:
-            return self.versions[f"{name}@{version}"]
-        except KeyError:
-            known = [key for key, of in self.versions.items() if of.name == name]
-            raise UnknownNameError("strategy version", f"{name}@{version}", known) from None
+        return newest if version is None else self.named(f"{name}@{version}")
+
+    def named(self, text: str) -> Version:
+        """A version by `name@version`.
+
+        Raises:
+            UnknownNameError: there is none.
+        """
+        if text not in self.versions:
+            raise UnknownNameError("strategy version", text, self.versions)
+        return self.versions[text]
 
 
 class Strategies:
@@ -83,6 +90,8 @@ class Strategies:
         self.plane = plane
         settings, database = plane.settings, plane.database
         self._unusable: set[str] = set()
+        self.before_change: Callable[[Connection, bool], None] = lambda connection, stop_experiment: None
+        """Asked in the transaction of every change of the active strategy; raises where it must not be."""
         configured = {name: _as_written(choice) for name, choice in settings.strategies.items()}
         if database is None:
             versions = {f"{name}@0": _version(name, 0, policies, None) for name, policies in configured.items()}
@@ -113,19 +122,25 @@ class Strategies:
         database.changes.look("strategies")
         return self.known.find(name, version), self.warnings(strategy)
 
-    def activate(self, name: str, version: int | None) -> Known:
+    def activate(self, name: str, version: int | None, stop_experiment: bool = False) -> Known:
         """Use a version from now on, the newest one where none is named; what is in force then.
+
+        Args:
+            stop_experiment: end the one that compares the active strategy with another, which otherwise forbids it.
 
         Raises:
             UnknownNameError: there is no such version.
+            ConflictError: an experiment runs.
             InputError: nothing can be kept.
         """
         database = self.database()
         chosen = self.known.find(name, version)
         with database.store.write() as connection:
+            self.before_change(connection, stop_experiment)
             generation = queries.activate_strategy(connection, name, chosen.version)
             add_event(connection, "strategy_activated", f"{name}@{chosen.version}", {"generation": generation})
             announce(connection, "strategies")
+        database.changes.look("experiments")
         database.changes.look("strategies")
         return self.known
 

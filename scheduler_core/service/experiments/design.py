@@ -6,6 +6,7 @@ arm B.
 
 import math
 from collections.abc import Iterable, Iterator
+from itertools import takewhile
 from typing import Literal
 
 import msgspec
@@ -63,6 +64,28 @@ class Alpha(msgspec.Struct, frozen=True):
         return Alpha(self.better / challengers, self.harm / challengers, self.guards / challengers)
 
 
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """What the champion's last 7 days and the settings allow in one block: the absolute guards."""
+
+    error_rate_p999: float
+    """Per block."""
+    decision_budget_us: float
+    ttft_target_s: float
+    worst_wait_s: float
+
+
+class Marks(msgspec.Struct, frozen=True, kw_only=True):
+    """What shares of requests are compared with, from the champion's history."""
+
+    long_wait_s: float | None = None
+    """p99 of its waits; None: no wait was recorded."""
+    prompt_quartiles_tokens: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    classes: tuple[str, ...] = ()
+    """SLO classes with a share of the traffic that is worth a look."""
+    worst_tenant_group: int | None = None
+    typical_output_tokens: int = 1
+
+
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that is fixed before the first coin."""
 
@@ -93,7 +116,12 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     shared_queue: bool = False
     """`sticky` where both arms' requests wait in one queue: never `better`."""
     covariate_before_pair: bool = False
-    """The covariate comes from the block before the pair, since arrivals react to the arm."""
+    """The covariate comes from the two blocks before the pair, since arrivals react to the arm."""
+    covariate: Literal["replay", "offered"] = "replay"
+    """Attainment of the replayed champion, or the prompt tokens that arrived."""
+    marks: Marks = Marks()
+    limits: Limits | None = None
+    """None: absolute guards do not act."""
 
     @property
     def pair_s(self) -> float:
@@ -138,6 +166,12 @@ def lengths_for(drain_s: float, ttft_target_s: float, latency_p999_s: float) -> 
     return Lengths(block_s, drain_s, ttft_target_s, ttft_target_s + latency_p999_s, drain_s)
 
 
+def sticky_lengths(drain_s: float, ttft_target_s: float, latency_p999_s: float) -> Lengths:
+    """The same for sessions, which never switch: nothing is left out at the start of a block."""
+    block_s = max(SHORTEST_BLOCK_S, math.ceil(2 * ttft_target_s / 60.0) * 60.0)
+    return Lengths(block_s, 0.0, ttft_target_s, ttft_target_s + latency_p999_s, drain_s)
+
+
 def coin(plan: Plan, pair: int) -> int:
     """+1: the first block (pool 1) of this pair runs the challenger; -1: the second. Depends on nothing else."""
     return 1 if drawn(plan.id, plan.seed, f"pair {pair}") < 0.5 else -1
@@ -154,13 +188,14 @@ def draw_schedule(plan: Plan, generation: int, start_s: float, from_s: float) ->
     Whoever draws it, and from whenever, a time and a pair have the same arm.
     """
     until_s = min(from_s + SCHEDULE_S, start_s + plan.max_hours * 3600.0)
-    slots = []
-    for slot in _slots(plan, start_s):
-        if slot.start_s >= until_s:
-            break
-        if slot.end_s > from_s:
-            slots.append(slot)
+    slots = slots_between(plan, start_s, from_s, until_s)
     return Schedule(plan.id, plan.seed, plan.champion, plan.challenger, generation, tuple(slots))
+
+
+def slots_between(plan: Plan, start_s: float, from_s: float, until_s: float) -> list[Slot]:
+    """The slots that begin before `until_s` and end after `from_s`, in order."""
+    begun = takewhile(lambda slot: slot.start_s < until_s, _slots(plan, start_s))
+    return [slot for slot in begun if slot.end_s > from_s]
 
 
 def _slots(plan: Plan, now_s: float) -> Iterator[Slot]:
@@ -172,10 +207,10 @@ def _slots(plan: Plan, now_s: float) -> Iterator[Slot]:
         done = 0
         while stage.pairs is None or done < stage.pairs:
             began_s, challenger_s = now_s, 0.0
-            for length_s, arms in _probe(plan) if probe else _pair(plan, pair):
-                yield Slot(now_s, now_s + length_s, arms, stage.share, None if probe else pair)
-                now_s += length_s
-                challenger_s += length_s * arms.count("B") / max(len(arms), 1)
+            for slot in [_probe(plan, now_s, stage.share)] if probe else pair_slots(plan, pair, now_s, stage.share):
+                yield slot
+                now_s = slot.end_s
+                challenger_s += (slot.end_s - slot.start_s) * slot.arms.count("B") / max(len(slot.arms), 1)
             rest_s = challenger_s / stage.share - (now_s - began_s)
             if rest_s > 1e-6:
                 yield Slot(now_s, now_s + rest_s, nobody, stage.share, None)
@@ -184,21 +219,22 @@ def _slots(plan: Plan, now_s: float) -> Iterator[Slot]:
             done += 1
 
 
-def _pair(plan: Plan, pair: int) -> list[tuple[float, str]]:
-    """Length and arms of each slot of a pair."""
+def pair_slots(plan: Plan, pair: int, start_s: float, share: float) -> tuple[Slot, ...]:
+    """The slots of a pair that begins at `start_s`."""
     block_s, first = plan.lengths.block_s, coin(plan, pair) > 0
-    if plan.design == "switchback":
-        return [(block_s, "B"), (block_s, "A")] if first else [(block_s, "A"), (block_s, "B")]
-    if plan.design == "pools":
-        return [(block_s, "BA" if first else "AB")]
-    return [(block_s, "")]
+    if plan.design != "switchback":
+        arms = "" if plan.design == "sticky" else "BA" if first else "AB"
+        return (Slot(start_s, start_s + block_s, arms, share, pair),)
+    middle_s = start_s + block_s
+    earlier = Slot(start_s, middle_s, "B" if first else "A", share, pair)
+    return earlier, Slot(middle_s, middle_s + block_s, "A" if first else "B", share, pair)
 
 
-def _probe(plan: Plan) -> list[tuple[float, str]]:
+def _probe(plan: Plan, start_s: float, share: float) -> Slot:
     """The same for a stage too small to be judged: only absolute guards look at it."""
     if plan.design == "sticky":
-        return [(plan.lengths.block_s, "")]
-    return [(PROBE_S, "B" if plan.design == "switchback" else "AB")]
+        return Slot(start_s, start_s + plan.lengths.block_s, "", share, None)
+    return Slot(start_s, start_s + PROBE_S, "B" if plan.design == "switchback" else "AB", share, None)
 
 
 def counted(arrival_s: FloatArray, slot: Slot, lengths: Lengths) -> BoolArray:
@@ -218,6 +254,28 @@ def closed_pairs(plan: Plan, start_s: float, now_s: float) -> list[tuple[Slot, .
     return [tuple(slots) for slots in pairs.values() if len(slots) == whole]
 
 
+def champion_pairs(plan: Plan, start_s: float, now_s: float) -> list[tuple[Slot, ...]]:
+    """Pairs of closed blocks in which the champion ran alone, numbered and with coins as if one were a challenger.
+
+    What they say is known beforehand, nothing: so they tell whether the method is well.
+    """
+    mock = mock_of(plan)
+    pairs: list[tuple[Slot, ...]] = []
+    for slot in slots_between(plan, start_s, start_s, now_s):
+        alone = slot.pair is None and slot.arms and "B" not in slot.arms
+        blocks_from_s = slot.start_s
+        while alone and blocks_from_s + plan.pair_s <= min(slot.end_s, now_s - plan.lengths.settle_s):
+            pairs.append(pair_slots(mock, len(pairs), blocks_from_s, 0.5))
+            blocks_from_s += plan.pair_s
+    return pairs
+
+
+def mock_of(plan: Plan) -> Plan:
+    """The plan with the champion against itself, and coins of its own."""
+    half = (Stage(0.5, None),)
+    return msgspec.structs.replace(plan, id=f"{plan.id}/champion", challenger=plan.champion, stages=half)
+
+
 class Side(msgspec.Struct, frozen=True, kw_only=True):
     """One side of a pair: a block, a pool in a block, or one arm's sessions first seen in a block.
 
@@ -228,12 +286,15 @@ class Side(msgspec.Struct, frozen=True, kw_only=True):
     met: int
     replayed: float | None = None
     """Covariate: attainment of the champion replayed on the same arrivals. It sees arrivals and prompts only."""
+    offered: float = 0.0
+    """Prompt tokens of the counted requests: the covariate without replays."""
     contaminated: int = 0
     """Counted requests that waited while one from before the switch was unfinished."""
     decisions: int = 0
     wrong_arm: int = 0
     """Decisions after the burn-in that the other strategy made."""
     unresolved: int = 0
+    """Counted requests that data planes told of, without an outcome when the pair closed: they missed."""
     sessions: int = 0
     squares: int = 0
     """Sum over sessions of their counted requests squared."""

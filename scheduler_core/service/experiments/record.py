@@ -5,7 +5,9 @@ from collections.abc import Sequence
 
 import msgspec
 
-from kairos.scheduler_core.service.experiments.design import Design, Pair, Plan, Stage, coins
+from kairos.scheduler_core.service.experiments.design import Design, Pair, Plan, Stage, coins, mock_of
+from kairos.scheduler_core.service.experiments.evidence import SignFlips, adjust, sigma_of
+from kairos.scheduler_core.service.experiments.sequence import covariate, differences, weights
 from kairos.scheduler_core.service.experiments.verdict import Ending, Finding, judge
 
 METHOD = {
@@ -19,6 +21,16 @@ ESTIMAND = {
     "sticky": "difference between sessions of both arms at the share they ran at",
 }
 SHARED_QUEUE = "none: both arms wait in one queue"
+
+
+class ChampionAlone(msgspec.Struct, frozen=True):
+    """The champion against itself, where it ran alone: how well the method is. For display; no verdict rests on it."""
+
+    log_e: float
+    """Evidence for a difference that cannot be: the larger of both sides; above 3.9 something is wrong."""
+    sigma: float | None
+    """As the plan's, of these pairs; None: there are none."""
+    pairs: tuple[Pair, ...]
 
 
 class Record(Finding, frozen=True, kw_only=True):
@@ -42,12 +54,22 @@ class Record(Finding, frozen=True, kw_only=True):
     stopped_at: str | None
     generation: int
     """Of the active strategy since the stop."""
+    champion_alone: ChampionAlone
 
 
 def record_of(
-    plan: Plan, pairs: Sequence[Pair], ending: Ending | None, started_at: str, stopped_at: str | None, generation: int
+    plan: Plan,
+    pairs: Sequence[Pair],
+    ending: Ending | None,
+    started_at: str,
+    stopped_at: str | None,
+    generation: int,
+    champion_pairs: Sequence[Pair] = (),
 ) -> Record:
     """The record of an experiment as it stands.
+
+    Args:
+        champion_pairs: of the champion against itself.
 
     Raises:
         InputError: pairs are not in order, each once.
@@ -70,7 +92,19 @@ def record_of(
         started_at=started_at,
         stopped_at=stopped_at,
         generation=generation,
+        champion_alone=_champion_alone(plan, champion_pairs),
     )
+
+
+def _champion_alone(plan: Plan, pairs: Sequence[Pair]) -> ChampionAlone:
+    if not pairs:
+        return ChampionAlone(0.0, None, ())
+    mock = mock_of(plan)
+    w = weights(mock, pairs)
+    d, x = differences(mock, pairs, w), covariate(mock, pairs, w)
+    evidence = SignFlips(plan.sigma)
+    found = [evidence.log_e_better(side * adjust(d, x))[-1] for side in (1.0, -1.0)]
+    return ChampionAlone(float(max(found)), sigma_of(d, x), tuple(pairs))
 
 
 def _stages_run(plan: Plan, pairs: Sequence[Pair]) -> tuple[Stage, ...]:
@@ -86,7 +120,8 @@ def verify(record: Record) -> str | None:
         InputError: its pairs are not in order, each once.
     """
     observed = [pair.observed for pair in record.pairs]
-    again = record_of(record.plan, observed, record.ending, record.started_at, record.stopped_at, record.generation)
+    dates = record.started_at, record.stopped_at
+    again = record_of(record.plan, observed, record.ending, *dates, record.generation, record.champion_alone.pairs)
     return _first_difference(msgspec.to_builtins(record), msgspec.to_builtins(again), "")
 
 

@@ -54,7 +54,11 @@ def covariate(plan: Plan, pairs: Sequence[Pair], w: FloatArray) -> FloatArray:
     """(n,) weighted difference of the covariate, with the coin; 0 where there is none."""
     x = np.zeros(len(pairs))
     for k, pair in enumerate(pairs):
-        if plan.design != "sticky" and pair.first.replayed is not None and pair.second.replayed is not None:
+        if plan.design == "sticky":
+            continue
+        if plan.covariate == "offered":
+            x[k] = (pair.first.offered - pair.second.offered) / max(pair.first.offered + pair.second.offered, 1.0)
+        elif pair.first.replayed is not None and pair.second.replayed is not None:
             x[k] = pair.first.replayed - pair.second.replayed
     return x * w * signs(plan, pairs)
 

@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from kairos.scheduler_core.errors import InputError
-from kairos.scheduler_core.service.experiments.design import Pair, Plan
+from kairos.scheduler_core.service.experiments.design import Limits, Pair, Plan
 from kairos.scheduler_core.service.experiments.evidence import Evidence, GaussianMixture, SignFlips, adjust
 from kairos.scheduler_core.service.experiments.planner import (
     FEWEST_PAIRS_FOR_BETTER,
@@ -72,16 +72,6 @@ class BlockHealth(msgspec.Struct, frozen=True, kw_only=True):
     """Of the champion, replayed on the same arrivals."""
 
 
-class Limits(msgspec.Struct, frozen=True, kw_only=True):
-    """What the champion's last 7 days and the settings allow."""
-
-    error_rate_p999: float
-    """Per block."""
-    decision_budget_us: float
-    ttft_target_s: float
-    worst_wait_s: float
-
-
 class Breach(msgspec.Struct, frozen=True):
     """A guard that acted: what was measured and what was allowed."""
 
@@ -93,7 +83,6 @@ class Breach(msgspec.Struct, frozen=True):
 def absolute_breaches(health: BlockHealth, limits: Limits) -> list[Breach]:
     """Which absolute guards act on a block. Attainment is none of them: a burst lowers it under any strategy."""
     error_limit = limits.error_rate_p999 + 0.01
-    wait_limit_s = max(10.0 * limits.ttft_target_s, 2.0 * limits.worst_wait_s)
     error_rate = health.errors / health.requests if health.requests else 0.0
     fallback_share = health.fallbacks / health.decisions if health.decisions else 0.0
     found = []
@@ -107,9 +96,14 @@ def absolute_breaches(health: BlockHealth, limits: Limits) -> list[Breach]:
         found.append(Breach("decision p99 in us", health.decision_p99_us, limits.decision_budget_us))
     if not health.healthy:
         found.append(Breach("lost health checks", 1.0, 0.0))
-    if health.worst_wait_s > wait_limit_s and health.replayed_worst_wait_s < health.worst_wait_s / 2:
-        found.append(Breach("worst wait in s", health.worst_wait_s, wait_limit_s))
+    if health.worst_wait_s > wait_limit_s(limits) and health.replayed_worst_wait_s < health.worst_wait_s / 2:
+        found.append(Breach("worst wait in s", health.worst_wait_s, wait_limit_s(limits)))
     return found
+
+
+def wait_limit_s(limits: Limits) -> float:
+    """A wait above it is blamed on the challenger, unless the replayed champion would not have halved it."""
+    return max(10.0 * limits.ttft_target_s, 2.0 * limits.worst_wait_s)
 
 
 class Ending(msgspec.Struct, frozen=True):

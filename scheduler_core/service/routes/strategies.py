@@ -4,12 +4,14 @@ from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path
+from msgspec import structs
 from pydantic import BaseModel, ConfigDict, Field
 
 from kairos.scheduler_core.config import StrategySettings
 from kairos.scheduler_core.experiment import Clock
+from kairos.scheduler_core.service.experiments.keeper import Experiments
 from kairos.scheduler_core.service.problems import problem_responses
-from kairos.scheduler_core.service.strategies import Strategies, Version
+from kairos.scheduler_core.service.strategies import Known, Strategies, Version
 
 NewName = Annotated[str, Path(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
@@ -65,6 +67,8 @@ class Activation(BaseModel):
     name: Annotated[str, Field(min_length=1, max_length=256)]
     version: Annotated[int | None, Field(ge=1, le=10**9)] = None
     """Null: the newest."""
+    stop_experiment: bool = False
+    """End the experiment that compares the active strategy with another; otherwise it forbids the change."""
 
 
 class BlockLengths(BaseModel):
@@ -111,8 +115,8 @@ _ROLL_BACK = problem_responses(
 )
 
 
-def strategies_router(part: Strategies) -> APIRouter:
-    """The routes over one service's strategies."""
+def strategies_router(part: Strategies, experiments: Experiments | None) -> APIRouter:
+    """The routes over one service's strategies; None: it keeps nothing, so no experiment runs."""
     router = APIRouter(tags=["strategies"])
     clock = Clock(part.plane.settings.service.clock_scale)
 
@@ -123,6 +127,21 @@ def strategies_router(part: Strategies) -> APIRouter:
             generation=known.generation,
             now_s=clock.now_s(),
             clock_scale=clock.scale,
+            experiment=running(known),
+        )
+
+    def running(known: Known) -> RunningExperiment | None:
+        found = experiments.running if experiments else None
+        if experiments is None or found is None or found.plan.champion != known.active.strategy.name:
+            return None
+        schedule, key_id = experiments.signed(found)
+        return RunningExperiment(
+            id=found.plan.id,
+            design=found.plan.design,
+            challenger=StrategyVersion(**_told(known.named(found.plan.challenger))),
+            lengths=BlockLengths(**structs.asdict(found.plan.lengths)),
+            schedule=schedule,
+            key_id=key_id,
         )
 
     @router.get("/strategies")
@@ -141,7 +160,7 @@ def strategies_router(part: Strategies) -> APIRouter:
     @router.put("/strategies/active", responses=_ACTIVATE)
     def activate(body: Activation) -> ActiveStrategy:
         """Use a version of a strategy from now on, on every data plane within 2 seconds."""
-        part.activate(body.name, body.version)
+        part.activate(body.name, body.version, body.stop_experiment)
         return active()
 
     @router.post("/strategies/rollback", responses=_ROLL_BACK)

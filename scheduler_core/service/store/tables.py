@@ -14,6 +14,7 @@ from sqlalchemy import (
     Dialect,
     Double,
     ForeignKey,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -21,6 +22,7 @@ from sqlalchemy import (
     String,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -125,6 +127,14 @@ class Request(Table):
     """One request that has ended: the prediction paired to the outcome. Lengths and times, never its content."""
 
     __tablename__ = "requests"
+    __table_args__ = (
+        Index(
+            "ix_requests_session",
+            "session",
+            sqlite_where=text("session IS NOT NULL"),
+            postgresql_where=text("session IS NOT NULL"),
+        ),
+    )
 
     id: Mapped[int] = mapped_column(Key, primary_key=True)
     batch: Mapped[int] = mapped_column(Key)
@@ -311,6 +321,7 @@ class Experiment(Table):
     __tablename__ = "experiments"
 
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    design: Mapped[str] = mapped_column(String(16))
     plan: Mapped[dict[str, Any]] = mapped_column(JSON)
     state: Mapped[str] = mapped_column(String(16))
     """running or ended."""
@@ -318,6 +329,8 @@ class Experiment(Table):
     """UTC epoch seconds: the beginning of its first slot."""
     generation: Mapped[int] = mapped_column(Key)
     """Of the active strategy at its start; after its end, of the champion put back."""
+    key: Mapped[bytes | None] = mapped_column(LargeBinary(32))
+    """What its schedules are signed with; null: the key of the configuration."""
     ended_at: Mapped[datetime | None] = mapped_column(UtcDate)
     record: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     """Null while it runs: it is made from the pairs then."""
@@ -329,6 +342,8 @@ class ExperimentPair(Table):
     __tablename__ = "experiment_pairs"
 
     experiment: Mapped[str] = mapped_column(ForeignKey("experiments.id"), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16), primary_key=True)
+    """live; or champion: against itself, where it runs alone."""
     i: Mapped[int] = mapped_column(Integer, primary_key=True)
     observed: Mapped[dict[str, Any]] = mapped_column(JSON)
 

@@ -9,12 +9,11 @@ import pytest
 from service.experiments.made_experiments import drawn_pairs, pair, pairs, plan
 
 from kairos.scheduler_core.errors import InputError
-from kairos.scheduler_core.service.experiments.design import Pair, Side, Stage, coin
+from kairos.scheduler_core.service.experiments.design import Limits, Pair, Side, Stage, coin
 from kairos.scheduler_core.service.experiments.verdict import (
     BlockHealth,
     Breach,
     Ending,
-    Limits,
     absolute_breaches,
     judge,
     load_strata,

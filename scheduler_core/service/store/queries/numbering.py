@@ -1,16 +1,23 @@
 """Numbers that rise by one, and the rows that versions name."""
 
+from typing import cast
+
 from sqlalchemy import ColumnElement, Connection, func, select, text
 from sqlalchemy.orm import InstrumentedAttribute
 
 from kairos.scheduler_core.errors import UnknownNameError
-from kairos.scheduler_core.service.store.tables import Model, Strategy
+from kairos.scheduler_core.service.store.tables import Model, Strategy, Table
+
+
+def lock(connection: Connection, table: type[Table]) -> None:
+    """Keep others from writing into a table until this transaction ends; on SQLite none other writes anyway."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text(f"LOCK TABLE {table.__tablename__} IN SHARE ROW EXCLUSIVE MODE"))
 
 
 def next_number(connection: Connection, column: InstrumentedAttribute[int], *where: ColumnElement[bool]) -> int:
     """One above the highest number, which nobody else gets until this transaction ends."""
-    if connection.dialect.name == "postgresql":  # SQLite has the write lock
-        connection.execute(text(f"LOCK TABLE {column.class_.__tablename__} IN SHARE ROW EXCLUSIVE MODE"))
+    lock(connection, cast("type[Table]", column.class_))
     return (connection.scalar(select(func.max(column)).where(*where)) or 0) + 1
 
 
