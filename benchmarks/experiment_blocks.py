@@ -227,11 +227,12 @@ def blocks_of(trace: str, load: float, blocks: int, seed: int, champion: float, 
     )
 
 
-def share_for(points: float, trace: str, load: float, blocks: int, seed: int) -> float:
-    """The share at which the challenger is so many points better than the champion, by interpolation."""
-    shares = (0.0, 0.02, 0.05, 0.12, 0.3, 0.6, 1.0)
-    gains = [100 * float(ran(trace, load, blocks, seed, (share,))[0].mean()) for share in shares]
-    return float(np.interp(points, np.maximum.accumulate(np.array(gains) - gains[0]), shares))
+def share_for(points: float, trace: str, load: float, blocks: int, seed: int) -> float | None:
+    """The share at which the challenger is so many points better than the champion; None where none is."""
+    shares = (0.0, 0.05, 0.2, 0.5, 1.0)
+    gains = np.array([100 * float(ran(trace, load, blocks, seed, (share,))[0].mean()) for share in shares])
+    gains = np.maximum.accumulate(gains) - gains[0]
+    return float(np.interp(points, gains, shares)) if gains[-1] >= points else None
 
 
 def guard_acts(challenger: str, trace: str, load: float, blocks: int, seed: int) -> list[str]:

@@ -17,14 +17,18 @@ SERVE = [sys.executable, "-c", "from kairos.adapters.cli import main; main()", "
 
 
 @contextmanager
-def served(environment: Mapping[str, str] | None = None) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
+def served(
+    environment: Mapping[str, str] | None = None, config: Path = CONFIG
+) -> Iterator[tuple[str, "subprocess.Popen[str]"]]:
     """A running service on a free port: its address, and the process. Environment None: this process's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    sources = {"PYTHONPATH": str(ROOT / "src")}
+    sources = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
     environment = dict(os.environ if environment is None else environment) | sources
-    process = subprocess.Popen([*SERVE, "--port", str(port)], stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [*SERVE[:-1], str(config), "--port", str(port)], stderr=subprocess.PIPE, text=True, env=environment
+    )
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):

@@ -22,13 +22,14 @@ def serve(
     """
     import uvicorn
 
+    from kairos.adapters.simulator.replay import replay_on
     from kairos.scheduler_core.config import load_settings
     from kairos.scheduler_core.service.access import require_loopback
     from kairos.scheduler_core.service.app import create_app
 
     settings = load_settings(config)
     address = host or settings.service.host
-    app = create_app(settings)
+    app = create_app(settings, replay_on(settings))
     if not app.state.keys.required:
         require_loopback(address)
     uvicorn.run(app, host=address, port=settings.service.port if port is None else port, access_log=False)

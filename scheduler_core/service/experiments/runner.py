@@ -4,6 +4,7 @@ Everything it knows is in the store: after a restart, or on another replica, the
 """
 
 import logging
+import time
 import uuid
 from collections.abc import Sequence
 from threading import Event, Thread
@@ -48,6 +49,7 @@ class Runner:
         self._thread: Thread | None = None
         self._looked_s: float | None = None
         self._judged: tuple[str, int] | None = None
+        self._listens_since = time.monotonic()
 
     def start(self) -> None:
         """Begin."""
@@ -69,6 +71,7 @@ class Runner:
                 self.tick()
                 away = False
             except StoreError as error:
+                self._listens_since = time.monotonic()
                 if not away:
                     _log.warning("experiments wait until the database answers again: %s", error)
                 away = True
@@ -103,7 +106,12 @@ class Runner:
     # -- pairs
 
     def _close(self, running: Running, now_s: float) -> None:
-        """Store every pair whose blocks have closed since."""
+        """Store every pair whose blocks have closed since.
+
+        None right after a start or an outage: what data planes could not deliver meanwhile is on its way.
+        """
+        if time.monotonic() - self._listens_since < ARRIVAL_LAG_S:
+            return
         plan, start_s, settled_s = running.plan, running.stored.started_at_s, now_s - self._lag_s()
         closed: dict[queries.PairKind, tuple[Plan, list[tuple[Slot, ...]]]] = {
             "live": (plan, closed_pairs(plan, start_s, settled_s)),
