@@ -334,6 +334,17 @@ class ServiceSettings(Section):
     """What schedules of experiments are signed with; None: a key is drawn for each experiment and kept in the store."""
     client_timeout_s: Positive = 30.0
     """How long a client may take to send the head of a request, and then its body."""
+    log_format: Literal["json", "text"] = "json"
+    drain_s: Positive = 20.0
+    """From SIGTERM until the process has ended."""
+    drain_notice_s: NotNegative = 2.0
+    """How much of that requests are still taken, while /readyz says that no more should come."""
+
+    @model_validator(mode="after")
+    def _notice_within_the_drain(self) -> "ServiceSettings":
+        if self.drain_notice_s >= self.drain_s:
+            _refuse([(("drain_notice_s",), f"must be below drain_s, {self.drain_s:g}")])
+        return self
 
 
 Role = Literal["read", "schedule", "operate"]
@@ -363,6 +374,13 @@ class AccessSettings(Section):
 
     keys: dict[str, AccessKey] = {}
     """By the name of whoever holds it."""
+
+
+class TracingSettings(Section):
+    """Where traces go."""
+
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://\S+$")] | None = None
+    """An OpenTelemetry collector's address, without /v1/traces; None: there are no traces."""
 
 
 class StoreSettings(Section):
@@ -421,6 +439,7 @@ class Settings(Section):
     active: str = "kairos"
     service: ServiceSettings = ServiceSettings()
     access: AccessSettings = AccessSettings()
+    tracing: TracingSettings = TracingSettings()
     store: StoreSettings | None = None
     """None: nothing is kept, and there are no routes for telemetry."""
 

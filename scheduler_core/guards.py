@@ -61,7 +61,8 @@ class ValidityGuard:
         self.fallbacks: Counter[str] = Counter()
         """Replaced decisions by `policy: error`."""
         self._timer = timer
-        self._logged_s: dict[str, float] = {}
+        self.logged_s: dict[str, float] = {}
+        """When each policy was last logged; whoever makes a guard for every decision hands the same on."""
 
     def start(self) -> float:
         """A mark for `check_budget`."""
@@ -77,9 +78,10 @@ class ValidityGuard:
         name = type(policy).__name__
         self.fallbacks[f"{name}: {type(problem).__name__}"] += 1
         now_s = self._timer()
-        if now_s - self._logged_s.get(name, float("-inf")) >= _LOG_EVERY_S:
-            self._logged_s[name] = now_s
-            _log.warning("policy %s failed, arrival order instead: %s", name, problem, extra={"policy": name})
+        if now_s - self.logged_s.get(name, float("-inf")) >= _LOG_EVERY_S:
+            self.logged_s[name] = now_s
+            kind = type(problem).__name__
+            _log.warning("policy %s failed, arrival order instead: %s", name, kind, exc_info=problem)
 
 
 def check_order(order: Sequence[RequestId], needed: int, known: Callable[[RequestId], bool]) -> None:

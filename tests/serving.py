@@ -13,7 +13,8 @@ import httpx
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "examples" / "kairos.yaml"
-SERVE = [sys.executable, "-c", "from kairos.adapters.cli import main; main()", "serve", "--config", str(CONFIG)]
+PROGRAM = [sys.executable, "-c", "from kairos.adapters.cli import main; main()", "serve", "--config"]
+SERVE = [*PROGRAM, str(CONFIG)]
 
 
 @contextmanager
@@ -24,10 +25,11 @@ def served(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    sources = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
-    environment = dict(os.environ if environment is None else environment) | sources
+    sources = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    here = {"PYTHONPATH": sources, "KAIROS_SERVICE__DRAIN_NOTICE_S": "0"}
+    environment = here | dict(os.environ if environment is None else environment)
     process = subprocess.Popen(
-        [*SERVE[:-1], str(config), "--port", str(port)], stderr=subprocess.PIPE, text=True, env=environment
+        [*PROGRAM, str(config), "--port", str(port)], stderr=subprocess.PIPE, text=True, env=environment
     )
     address = f"http://127.0.0.1:{port}"
     try:
@@ -40,5 +42,6 @@ def served(
                 time.sleep(0.1)
         yield address, process
     finally:
-        process.terminate()
-        process.communicate(timeout=20)
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=20)

@@ -35,7 +35,17 @@ def test_every_link_of_a_page_leads_to_a_file(page: Path) -> None:
 def test_the_map_names_every_page_and_every_folder() -> None:
     text = (ROOT / "docs" / "README.md").read_text()
     pages = [page.name for page in (ROOT / "docs").glob("*.md") if page.name != "README.md"]
-    folders = ["adapters", "scheduler_core", "predictors", "policies", "migrations", "tests", "examples", "benchmarks"]
+    folders = [
+        "adapters",
+        "scheduler_core",
+        "predictors",
+        "policies",
+        "migrations",
+        "tests",
+        "examples",
+        "benchmarks",
+        "deploy",
+    ]
 
     assert [page for page in pages if f"({page})" not in text] == []
     assert [folder for folder in folders if f"`{folder}/" not in text] == []

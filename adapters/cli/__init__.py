@@ -52,12 +52,14 @@ def commands() -> "typer.Typer":
         configuration,
         db,
         demo,
+        experiments,
         keys,
         models,
         policies,
         report,
         serve,
         simulate,
+        strategies,
         telemetry,
         traces,
     )
@@ -69,7 +71,8 @@ def commands() -> "typer.Typer":
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for group in (demo, simulate, models, telemetry, traces, policies, report, serve, db, keys, configuration):
+    offline = (demo, simulate, models, telemetry, traces, policies, report)
+    for group in (*offline, serve, db, keys, strategies, experiments, configuration):
         group.register(app)
     return app
 

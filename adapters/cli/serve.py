@@ -20,16 +20,14 @@ def serve(
 
     Example: kairos serve --config examples/kairos.yaml --port 8011
     """
-    import uvicorn
-
     from kairos.adapters.simulator.replay import replay_on
     from kairos.scheduler_core.config import load_settings
-    from kairos.scheduler_core.service.access import require_loopback
     from kairos.scheduler_core.service.app import create_app
+    from kairos.scheduler_core.service.logging import configure_logging
+    from kairos.scheduler_core.service.server import run_server
 
     settings = load_settings(config)
-    address = host or settings.service.host
-    app = create_app(settings, replay_on(settings))
-    if not app.state.keys.required:
-        require_loopback(address)
-    uvicorn.run(app, host=address, port=settings.service.port if port is None else port, access_log=False)
+    configure_logging(settings.service.log_format)
+    told = {"host": host, "port": port}
+    service = settings.service.model_copy(update={name: value for name, value in told.items() if value is not None})
+    run_server(create_app(settings, replay_on(settings)), service, lambda: load_settings(config))

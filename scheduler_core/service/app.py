@@ -14,15 +14,18 @@ from kairos.scheduler_core.config import Settings, StoreSettings
 from kairos.scheduler_core.errors import KairosError
 from kairos.scheduler_core.replay import Replay
 from kairos.scheduler_core.service.access import Access, Keys
+from kairos.scheduler_core.service.attainment import Outcomes
 from kairos.scheduler_core.service.bodies import Limits
+from kairos.scheduler_core.service.lifecycle import Lifecycle
 from kairos.scheduler_core.service.live import Live
 from kairos.scheduler_core.service.openapi import openapi_of
 from kairos.scheduler_core.service.plane import Database, Part, Plane
 from kairos.scheduler_core.service.problems import on_bug, on_http_error, on_kairos_error, on_unfit_request
+from kairos.scheduler_core.service.routes.events import events_router
 from kairos.scheduler_core.service.routes.overview import overview_router
 from kairos.scheduler_core.service.routes.schedule import schedule_route
 from kairos.scheduler_core.service.routes.telemetry import telemetry_routes
-from kairos.scheduler_core.service.schedule import Scheduler
+from kairos.scheduler_core.service.schedule import Scheduler, strategies_of
 from kairos.scheduler_core.service.store.changes import Changes
 from kairos.scheduler_core.service.store.revisions import require_served
 from kairos.scheduler_core.service.store.session import Store
@@ -39,12 +42,14 @@ def create_app(settings: Settings, replay: Replay | None = None) -> FastAPI:
         ConfigError, UnknownPolicyError, SchemaError: a strategy or a model of the configuration cannot be loaded.
         StoreError: the database is away, or not at a revision that this Kairos runs on.
     """
-    strategies = {name: choice.as_strategy(name).check() for name, choice in settings.strategies.items()}
-    scheduler = Scheduler(settings, strategies)
+    scheduler = Scheduler(settings, strategies_of(settings))
     plane = Plane(settings, scheduler, _opened(settings.store), replay=replay)
-    keys = Keys(settings.access, plane.database.store if plane.database else None)
-    if plane.database:
-        plane.database.changes.watch("keys", keys.look)
+    database = plane.database
+    keys = Keys(settings.access, database.store if database else None)
+    if database:
+        database.changes.watch("keys", keys.look)
+        plane.metrics.database_up.set_function(lambda: not database.changes.away)
+    scheduler.watchers += (plane.metrics.note_decision,)
     parts = _parts(plane)
 
     @asynccontextmanager
@@ -60,9 +65,11 @@ def create_app(settings: Settings, replay: Replay | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.router.routes.append(schedule_route(scheduler.schedule, settings.service.max_body_bytes))
-    database = plane.database
     if database:
-        app.router.routes.extend(telemetry_routes(database.writer, plane.metrics, settings.service.max_body_bytes))
+        outcomes = Outcomes(plane.metrics, lambda: scheduler.settings.slo.classes)
+        telemetry = telemetry_routes(database.writer, plane.metrics, settings.service.max_body_bytes, outcomes.note)
+        app.router.routes.extend(telemetry)
+        app.include_router(events_router(database.store), tags=["overview"])
     app.include_router(overview_router(plane), tags=["overview"])
     for part in parts:
         app.router.routes.extend(part.routes())
@@ -72,7 +79,9 @@ def create_app(settings: Settings, replay: Replay | None = None) -> FastAPI:
     app.add_exception_handler(Exception, on_bug)
     app.add_middleware(Limits, most_bytes=settings.service.max_body_bytes, most_s=settings.service.client_timeout_s)
     app.add_middleware(Access, keys=keys, metrics=plane.metrics)  # the last one is the first to see a request
-    app.state.keys = keys
+    if settings.tracing.otlp_endpoint:
+        parts.insert(0, _traced(app, plane, settings.tracing.otlp_endpoint))
+    app.state.lifecycle = Lifecycle(plane, keys)
     document: dict[str, Any] = {}
 
     def openapi() -> dict[str, Any]:
@@ -87,6 +96,17 @@ def create_app(settings: Settings, replay: Replay | None = None) -> FastAPI:
 def _parts(plane: Plane) -> list[Part]:
     """Everything beside `/schedule` and telemetry, in the order in which it starts."""
     return [Live(plane)]
+
+
+def _traced(app: FastAPI, plane: Plane, endpoint: str) -> Part:
+    """Have every request traced; what exports the spans."""
+    from kairos.scheduler_core.service.tracing import Exporter, Tracing, note_decision
+
+    exporter = Exporter(endpoint, plane.metrics)
+    plane.state.lost.append(exporter.lost)
+    plane.scheduler.watchers += (note_decision,)
+    app.add_middleware(Tracing, exporter=exporter)
+    return exporter
 
 
 def _start(plane: Plane, parts: Sequence[Part]) -> None:

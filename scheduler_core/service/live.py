@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from starlette.routing import BaseRoute
 
+from kairos.scheduler_core.experiment import Clock
 from kairos.scheduler_core.service.experiments.keeper import Experiments
 from kairos.scheduler_core.service.experiments.replaying import ReplayProcess
 from kairos.scheduler_core.service.experiments.runner import Runner
@@ -16,12 +17,19 @@ from kairos.scheduler_core.service.strategies import Strategies
 class Live:
     """Strategies, and experiments where there is a store."""
 
-    def __init__(self, plane: Plane) -> None:
+    def __init__(self, plane: Plane, clock: Clock | None = None) -> None:
+        """Take over what the store says.
+
+        Args:
+            clock: of experiments; None: as the configuration has it.
+        """
         self.strategies = Strategies(plane)
         self.experiments: Experiments | None = None
         self.runner: Runner | None = None
         if plane.database:
-            self.experiments = Experiments(plane, plane.database, self.strategies)
+            self.experiments = Experiments(
+                plane, plane.database, self.strategies, clock or Clock(plane.settings.service.clock_scale)
+            )
             self.runner = Runner(self.experiments, ReplayProcess(plane.replay) if plane.replay else None)
 
     def routes(self) -> Sequence[BaseRoute]:

@@ -1,9 +1,15 @@
 """Every Prometheus name of the control plane, once. A service has a registry of its own."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 from prometheus_client.exposition import generate_latest
 
+import kairos
+from kairos.scheduler_core.decision import Reason
+from kairos.scheduler_core.service.schedule import Decided
+from kairos.scheduler_core.service.schemas import DecodeCode
+
 _DECISION_S = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
+_RATIO = (0.25, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0, 1.02, 1.05, 1.1, 1.2, 1.5, 2.0, 4.0)
 
 
 class Metrics:
@@ -11,6 +17,27 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        Info("kairos_build", "Which Kairos this is.", registry=registry).info({"version": kairos.__version__})
+        self.slo_requests = Counter(
+            "kairos_slo_requests",
+            "Requests that ended and had such a promise: ttft, tpot, or any (end_to_end).",
+            ["slo_class", "tenant", "promise"],
+            registry=registry,
+        )
+        self.slo_requests_met = Counter(
+            "kairos_slo_requests_met",
+            "Those for which it was kept; end_to_end: all that they had.",
+            ["slo_class", "tenant", "promise"],
+            registry=registry,
+        )
+        self.prediction_ratio = Histogram(
+            "kairos_prediction_ratio",
+            "Actual over predicted time, of requests that ended.",
+            ["profile", "model_version", "time"],
+            buckets=_RATIO,
+            registry=registry,
+        )
         self.decision_s = Histogram(
             "kairos_decision_seconds",
             "Time of one POST /schedule, without reading and writing.",
@@ -23,6 +50,7 @@ class Metrics:
             ["guard"],
             registry=registry,
         )
+        self._guarded = {name: self.guarded.labels(name) for name in (Reason.SHARE_GUARD, Reason.FALLBACK)}
         self.queue = Gauge("kairos_waiting_requests", "Requests waiting in the latest snapshot.", registry=registry)
         self.decisions = Counter(
             "kairos_decisions_recorded",
@@ -39,6 +67,11 @@ class Metrics:
         self.reservations_ended = Counter(
             "kairos_reservations_ended", "Reservations that ended, by how.", ["how"], registry=registry
         )
+        self.database_up = Gauge("kairos_database_up", "Whether the database answers.", registry=registry)
+        self.reloads = Counter(
+            "kairos_reloads", "Configurations read while running, by outcome.", ["outcome"], registry=registry
+        )
+        self.spans = Counter("kairos_spans", "Spans of traces, by what became of them.", ["outcome"], registry=registry)
         self.refused = Counter(
             "kairos_refused_requests",
             "Requests without a key that may make them, by what they were answered (401, 403).",
@@ -69,6 +102,17 @@ class Metrics:
         self.experiment_log_e = Gauge(
             "kairos_experiment_log_e", "Evidence of the running experiment.", ["side"], registry=registry
         )
+
+    def note_decision(self, decided: Decided) -> None:
+        """Count what one answer says."""
+        self.decision_s.observe(decided.decision_s)
+        self.queue.set(len(decided.snapshot.waiting))
+        for entry in decided.answer.prefill:
+            if entry.reason.chosen_by in self._guarded:
+                self._guarded[entry.reason.chosen_by].inc()
+        for batch in decided.answer.decode:
+            if batch.reason.code == DecodeCode.FALLBACK:
+                self._guarded[Reason.FALLBACK].inc()
 
     def exposition(self) -> bytes:
         """All of it in Prometheus' text format."""

@@ -1,8 +1,9 @@
 """What the parts of the control plane share, and what a part is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from datetime import datetime
+from typing import NamedTuple, Protocol
 
 from starlette.routing import BaseRoute
 
@@ -24,6 +25,26 @@ class Database:
     changes: Changes
 
 
+class Reload(NamedTuple):
+    """What became of the last configuration that was read while the service ran."""
+
+    at: datetime
+    problem: str | None
+    """Why it was refused, and nothing changed; None: it is in force."""
+
+
+@dataclass(slots=True)
+class State:
+    """How the service is doing, as /readyz tells it."""
+
+    draining: bool = False
+    last_reload: Reload | None = None
+    lost: list[Callable[[], str | None]] = field(default_factory=list)
+    """Each says what a part cannot do now, in a sentence; None: it can do everything."""
+    on_reload: list[Callable[[Settings], None]] = field(default_factory=list)
+    """Each takes over what is its own of a configuration that was found good, or raises StoreError and does nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plane:
     """What every part is built on."""
@@ -33,6 +54,7 @@ class Plane:
     database: Database | None
     """None: nothing is kept."""
     metrics: Metrics = field(default_factory=Metrics)
+    state: State = field(default_factory=State)
     replay: Replay | None = None
     """None: experiments have the offered load as their covariate."""
 

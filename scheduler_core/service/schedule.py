@@ -1,7 +1,9 @@
 """`schedule`: a snapshot in, decisions out. The same Decider and policies as in simulator, gateway and engine."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from hashlib import blake2b
+from typing import NamedTuple
 
 import msgspec
 
@@ -28,6 +30,24 @@ from kairos.scheduler_core.slo import NO_TARGET_S
 from kairos.scheduler_core.strategy import Strategy, not_applied, parse_strategy
 
 
+class Decided(NamedTuple):
+    """A snapshot and what was decided for it."""
+
+    at_s: float
+    """UTC epoch seconds, whatever the origin of the snapshot's times."""
+    snapshot: Snapshot
+    answer: Answer
+    strategy: Strategy
+    failures: list[str]
+    """Policies that failed and were replaced, as `policy: error`."""
+    decision_s: float
+    """How long it took."""
+
+
+Targets = Mapping[str, tuple[float, float]]
+"""TTFT and TPOT targets by class."""
+
+
 class Scheduler:
     """Answers snapshots; keeps nothing between two of them.
 
@@ -36,12 +56,20 @@ class Scheduler:
     """
 
     def __init__(self, settings: Settings, strategies: Mapping[str, Strategy]) -> None:
-        self.settings = settings
         self.strategies = strategies
         """By name. This, `active` and `profiles` are replaced whole while the service runs, never changed."""
         self.active = settings.active
-        self.profiles = Profiles(settings)
-        self._targets = {
+        self.watchers: tuple[Callable[[Decided], None], ...] = ()
+        """Told of every decision, before it is answered: they must be quick."""
+        self.logged_s: dict[str, float] = {}
+        """When the failure of each policy was last logged."""
+        self.configure(settings, Profiles(settings))
+
+    def configure(self, settings: Settings, profiles: Profiles) -> None:
+        """Take promises, guards, handover and profiles in place of those before; a decision under way keeps its own."""
+        self.settings = settings
+        self.profiles = profiles
+        self._targets: Targets = {
             name: (slo_class.ttft_s or NO_TARGET_S, slo_class.tpot_s or NO_TARGET_S)
             for name, slo_class in settings.slo.classes.items()
         }
@@ -50,18 +78,24 @@ class Scheduler:
         """The decisions for a snapshot.
 
         Args:
-            now_s: the instant, where the snapshot does not name it.
+            now_s: UTC epoch seconds: the instant, where the snapshot does not name it.
             body: the snapshot as it came; the decision id is made of it.
 
         Raises:
             FieldsError, TooLargeError, UnknownNameError, ConfigError: the snapshot cannot be used.
         """
-        check_snapshot(snapshot, self._targets, self.settings.service.max_requests)
-        if snapshot.now_s is not None:
-            now_s = snapshot.now_s
+        began_s = time.perf_counter()
+        targets = self._targets
+        check_snapshot(snapshot, targets, self.settings.service.max_requests)
+        told_s = snapshot.now_s
         strategy = self.strategy(snapshot.strategy)
-        run = _Run(self, snapshot, strategy, now_s)
-        return run.answer(_decision_id(body, strategy, None if snapshot.now_s is not None else now_s))
+        run = _Run(self, targets, snapshot, strategy, now_s if told_s is None else told_s)
+        answer = run.answer(_decision_id(body, strategy, now_s if told_s is None else None))
+        failures = list(run.decider.validity.fallbacks)
+        decided = Decided(now_s, snapshot, answer, strategy, failures, time.perf_counter() - began_s)
+        for watch in self.watchers:
+            watch(decided)
+        return answer
 
     def strategy(self, text: str | None) -> Strategy:
         """The active strategy, one of the configuration by name, or one made of installed policies.
@@ -82,25 +116,25 @@ class Scheduler:
             )
         return parse_strategy(name).check()
 
-    def targets(self, slo_class: str) -> tuple[float, float]:
-        """TTFT and TPOT targets of a class."""
-        return self._targets[slo_class]
-
 
 class _Run:
     """The working of one snapshot."""
 
-    def __init__(self, scheduler: Scheduler, snapshot: Snapshot, strategy: Strategy, now_s: float) -> None:
-        self.scheduler, self.snapshot, self.strategy, self.now_s = scheduler, snapshot, strategy, now_s
-        self.decider = Decider(strategy, scheduler.settings.guards.deferred_share)
-        self.prefill = PrefillStage(self.decider, scheduler.targets, now_s)
-        self.decode = DecodeStage(self.decider, scheduler.targets, now_s)
+    def __init__(
+        self, scheduler: Scheduler, targets: Targets, snapshot: Snapshot, strategy: Strategy, now_s: float
+    ) -> None:
+        self.settings, self.profiles = scheduler.settings, scheduler.profiles
+        self.snapshot, self.strategy, self.now_s = snapshot, strategy, now_s
+        self.decider = Decider(strategy, self.settings.guards.deferred_share)
+        self.decider.validity.logged_s = scheduler.logged_s
+        self.prefill = PrefillStage(self.decider, targets.__getitem__, now_s)
+        self.decode = DecodeStage(self.decider, targets.__getitem__, now_s)
         self.warnings: list[str] = []
         self.versions: dict[str, str] = {}
 
     def answer(self, decision_id: str) -> Answer:
         """Set everything up, decide, then predict the rest."""
-        snapshot, handover = self.snapshot, self.scheduler.settings.fleet.handover
+        snapshot, handover = self.snapshot, self.settings.fleet.handover
         memory = self._memory()
         self._add_instances()
         for kind, policy in self.decider.fleet_policies.items():
@@ -142,10 +176,10 @@ class _Run:
     def _add_instances(self) -> None:
         cached_apart = any(request.cached_tokens_by_instance for request in self.snapshot.waiting)
         for told in self.snapshot.instances:
-            known = self.scheduler.profiles.find(told.profile)
+            known = self.profiles.find(told.profile)
             if told.profile not in self.versions:
                 self.versions[told.profile] = known.version
-                if not self.scheduler.profiles.knows(told.profile):
+                if not self.profiles.knows(told.profile):
                     self.warnings.append(
                         f"profile '{told.profile}' is not configured: step times of the closest, '{known.name}'"
                     )
@@ -261,6 +295,15 @@ class _Run:
         )
         for failure, count in self.decider.validity.fallbacks.items():
             self.warnings.append(f"policy failed, replaced {count} times: {failure}")
+
+
+def strategies_of(settings: Settings) -> dict[str, Strategy]:
+    """The strategies of a configuration by name, with policies that are there.
+
+    Raises:
+        ConfigError, UnknownPolicyError: one cannot be loaded.
+    """
+    return {name: choice.as_strategy(name).check() for name, choice in settings.strategies.items()}
 
 
 def _decision_id(body: bytes, strategy: Strategy, now_s: float | None) -> str:

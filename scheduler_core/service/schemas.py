@@ -3,6 +3,7 @@
 Times are seconds, lengths tokens. `now_s` and every other time of a snapshot share one origin, whichever it is.
 """
 
+from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Literal
 
@@ -364,11 +365,25 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
-class Readiness(BaseModel):
-    """What it would decide with."""
+class Reloaded(BaseModel):
+    """The last configuration that was read while the service ran."""
 
-    status: Literal["ready"] = "ready"
+    at: datetime
+    taken: bool
+    """False: it was refused, the one before is in force; the log and the events say why."""
+
+
+class Readiness(BaseModel):
+    """What it would decide with, and what it cannot do now."""
+
+    status: Literal["ready", "draining"]
+    """Draining (503): it is about to end and takes requests for a moment only."""
     model_versions: dict[str, str]
     """Where step times come from, by profile."""
-    database: Literal["none", "ready", "away"] = "none"
-    """Away: telemetry is refused, decisions go on."""
+    model_age_s: dict[str, float]
+    """By profile id: since the last good fit of the promoted model."""
+    database: Literal["none", "ready", "away"]
+    """Away: decisions go on with what was last seen."""
+    lost: list[str]
+    """What does not work now."""
+    last_reload: Reloaded | None

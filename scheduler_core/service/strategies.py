@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy import Connection
 
-from kairos.scheduler_core.config import StrategySettings
+from kairos.scheduler_core.config import Settings, StrategySettings
 from kairos.scheduler_core.errors import ConfigError, ConflictError, InputError, UnknownNameError
 from kairos.scheduler_core.service.plane import Database, Plane
 from kairos.scheduler_core.service.store.changes import announce
@@ -88,20 +88,31 @@ class Strategies:
             StoreError: the database is away.
         """
         self.plane = plane
-        settings, database = plane.settings, plane.database
         self._unusable: set[str] = set()
         self.before_change: Callable[[Connection, bool], None] = lambda connection, stop_experiment: None
         """Asked in the transaction of every change of the active strategy; raises where it must not be."""
+        self.configure(plane.settings)
+        plane.state.on_reload.append(self.configure)
+        if plane.database:
+            plane.database.changes.watch("strategies", self._look)
+
+    def configure(self, settings: Settings) -> None:
+        """Keep what a configuration says, and take over what the store says; without one, the configuration's.
+
+        Raises:
+            StoreError: the database is away; nothing changed.
+        """
         configured = {name: _as_written(choice) for name, choice in settings.strategies.items()}
-        if database is None:
+        if self.plane.database is None:
             versions = {f"{name}@0": _version(name, 0, policies, None) for name, policies in configured.items()}
             self.known = Known((0, 0), versions, versions[f"{settings.active}@0"], 0)
+            self.plane.scheduler.strategies = {version.name: version.strategy for version in versions.values()}
+            self.plane.scheduler.active = settings.active
             return
-        with database.store.write() as connection:
+        with self.plane.database.store.write() as connection:
             queries.seed_strategies(connection, configured, settings.active)
         self.known = self._read((0, 0))
         self._take_over()
-        database.changes.watch("strategies", self._look)
 
     # -- changes
 

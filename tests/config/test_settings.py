@@ -76,6 +76,9 @@ def test_profiles_and_a_fleet_are_enough_and_the_rest_has_defaults(tmp_path: Pat
         "clock_scale": 1.0,
         "schedule_key": None,
         "client_timeout_s": 30.0,
+        "log_format": "json",
+        "drain_s": 20.0,
+        "drain_notice_s": 2.0,
     }
 
 

@@ -229,7 +229,7 @@ def test_failures_are_counted_by_policy_and_error_and_logged_at_most_once_a_minu
 
     assert guard.fallbacks == {"Failing: KeyError": 4, "AlsoFailing: ValueError": 1}
     assert [record.getMessage() for record in caplog.records] == [
-        "policy Failing failed, arrival order instead: 'x'",
-        "policy Failing failed, arrival order instead: 'x'",
-        "policy AlsoFailing failed, arrival order instead: y",
+        "policy Failing failed, arrival order instead: KeyError",
+        "policy Failing failed, arrival order instead: KeyError",
+        "policy AlsoFailing failed, arrival order instead: ValueError",
     ]

@@ -45,3 +45,11 @@ class Undecided:
     def place_prefill(self, view: PrefillPlacementView) -> str | None:
         """None: whichever instance is free first."""
         return None
+
+
+class Failing:
+    """Breaks the contract: it fails with what it saw."""
+
+    def order(self, view: PrefillView) -> Sequence[RequestId]:
+        """Never comes back with an answer."""
+        raise RuntimeError(f"failed on {view.waiting}")

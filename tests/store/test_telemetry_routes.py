@@ -275,3 +275,15 @@ def _refusing() -> FastAPI:
 
 
 REFUSING = _refusing()
+
+
+def test_attainment_counts_what_was_stored_once(app: FastAPI) -> None:
+    kept = request(ttft_target_ms=100, tpot_target_ms=20)
+    missed = request(ttft_target_ms=50, tpot_target_ms=20)
+    for _ in range(2):
+        post(app, [kept, missed], to="requests", batch="b-1")
+    metrics = call(app, "GET", "/metrics").text
+
+    labels = 'promise="end_to_end",slo_class="default",tenant="acme"'
+    assert f"kairos_slo_requests_total{{{labels}}} 2.0" in metrics
+    assert f"kairos_slo_requests_met_total{{{labels}}} 1.0" in metrics

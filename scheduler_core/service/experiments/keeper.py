@@ -50,14 +50,14 @@ class Running:
 class Experiments:
     """Keeps experiments in the store; at most one acts on traffic at a time."""
 
-    def __init__(self, plane: Plane, database: Database, strategies: Strategies) -> None:
+    def __init__(self, plane: Plane, database: Database, strategies: Strategies, clock: Clock) -> None:
         """Take over what runs.
 
         Raises:
             StoreError: the database is away.
         """
         self.plane, self.database, self.strategies = plane, database, strategies
-        self.clock = Clock(plane.settings.service.clock_scale)
+        self.clock = clock
         self.running: Running | None = None
         """The one that acts on traffic."""
         self.look()

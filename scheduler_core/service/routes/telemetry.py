@@ -7,7 +7,7 @@ import asyncio
 import re
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -55,12 +55,21 @@ _rows_decoder = msgspec.json.Decoder(list[msgspec.Raw] | RowsBody)
 Row = TypeVar("Row", StepRow, RequestRow)
 
 
-def telemetry_routes(writer: Writer, metrics: Metrics, max_body_bytes: int) -> list[Route]:
-    """The routes over one writer; the OpenAPI document describes them in `openapi.py`."""
+def telemetry_routes(
+    writer: Writer,
+    metrics: Metrics,
+    max_body_bytes: int,
+    requests_stored: Callable[[Sequence[RequestRow]], None] = lambda rows: None,
+) -> list[Route]:
+    """The routes over one writer; the OpenAPI document describes them in `openapi.py`.
+
+    Args:
+        requests_stored: told of requests once they are committed, by the writer's thread.
+    """
     metrics.telemetry_queue.set_function(lambda: writer.waiting_rows)
     kinds: list[Kind[Any]] = [
         Kind("steps", Rows(StepRow, StepsBody), StepBatch, lambda row: excluded_by(row.flag)),
-        Kind("requests", Rows(RequestRow, RequestsBody), RequestBatch),
+        Kind("requests", Rows(RequestRow, RequestsBody), RequestBatch, stored=requests_stored),
     ]
     return [
         Route(f"/telemetry/{kind.name}", TelemetryEndpoint(kind, writer, metrics, max_body_bytes), methods=["POST"])
@@ -138,6 +147,8 @@ class Kind(Generic[Row]):
     """Id, digest, rows."""
     excluded_by: Callable[[Row], str | None] = lambda row: None
     """Which flag leaves a row out."""
+    stored: Callable[[Sequence[Row]], None] = lambda rows: None
+    """Told of rows once they are committed."""
 
 
 class TelemetryEndpoint(Generic[Row]):
@@ -197,14 +208,17 @@ class TelemetryEndpoint(Generic[Row]):
         except BusyError:
             self._count("refused", batch.row_count)
             raise
-        future.add_done_callback(lambda ended: self._ended(ended, batch.row_count, keep))
+        future.add_done_callback(lambda ended: self._ended(ended, batch, keep))
         return future
 
-    def _ended(self, future: "Future[Stored]", rows: int, keep: bool) -> None:
+    def _ended(self, future: "Future[Stored]", batch: StepBatch | RequestBatch, keep: bool) -> None:
         if future.cancelled() or future.exception():
-            self._count("dropped" if keep else "refused", rows)
+            self._count("dropped" if keep else "refused", batch.row_count)
+        elif future.result().duplicate:
+            self._count("duplicate", batch.row_count)
         else:
-            self._count("duplicate" if future.result().duplicate else "stored", rows)
+            self._count("stored", batch.row_count)
+            self._kind.stored(batch.rows)  # type: ignore[arg-type]  # a kind's batches have its rows
 
     def _count(self, outcome: str, rows: int) -> None:
         if rows:

@@ -41,7 +41,8 @@ class Changes:
         self._thread: Thread | None = None
         self.failed_looks = 0
         """Since the start; each is tried again within `POLL_S`."""
-        self._away = False
+        self.away = False
+        """Whether the database did not answer when it was last asked."""
 
     def watch(self, topic: Topic, look: Callable[[], None]) -> None:
         """Have a function called. It raises StoreError while the database is away; nothing else."""
@@ -76,7 +77,7 @@ class Changes:
                 continue
             try:
                 with self._store.listening(_CHANNEL) as connection:
-                    self._away = False
+                    self.away = False
                     self._listen(connection)
             except (StoreError, psycopg.Error) as error:
                 self._note(error)
@@ -105,10 +106,10 @@ class Changes:
         except StoreError as error:
             self._note(error)
         else:
-            self._away = False
+            self.away = False
 
     def _note(self, error: Exception) -> None:
         self.failed_looks += 1
-        if not self._away:
+        if not self.away:
             _log.warning("changes in the database are not seen until it answers again: %s", error)
-        self._away = True
+        self.away = True

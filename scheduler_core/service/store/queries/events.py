@@ -23,7 +23,9 @@ def add_event(connection: Connection, kind: str, subject: str, detail: dict[str,
     connection.execute(insert(Event).values(at=datetime.now(UTC), kind=kind, subject=subject, detail=detail))
 
 
-def latest_events(connection: Connection, most: int) -> list[EventRow]:
-    """The newest ones first."""
-    columns = (Event.id, Event.at, Event.kind, Event.subject, Event.detail)
-    return [EventRow(*row) for row in connection.execute(select(*columns).order_by(Event.id.desc()).limit(most))]
+def latest_events(connection: Connection, most: int, before: int | None = None) -> list[EventRow]:
+    """The newest ones first; of those before an id, where one is given."""
+    query = select(Event.id, Event.at, Event.kind, Event.subject, Event.detail).order_by(Event.id.desc()).limit(most)
+    if before is not None:
+        query = query.where(Event.id < before)
+    return [EventRow(*row) for row in connection.execute(query)]
