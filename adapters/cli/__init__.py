@@ -56,6 +56,7 @@ def commands() -> "typer.Typer":
         keys,
         models,
         policies,
+        rehearse,
         report,
         serve,
         simulate,
@@ -72,7 +73,7 @@ def commands() -> "typer.Typer":
         pretty_exceptions_enable=False,
     )
     offline = (demo, simulate, models, telemetry, traces, policies, report)
-    for group in (*offline, serve, db, keys, strategies, experiments, configuration):
+    for group in (*offline, serve, db, keys, strategies, experiments, rehearse, configuration):
         group.register(app)
     return app
 
