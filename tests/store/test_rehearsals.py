@@ -32,6 +32,7 @@ pytestmark = pytest.mark.usefixtures("store")
 
 KEY = "the key of a rehearsal"
 WARM_UP_S = 300.0
+on_one_database = pytest.mark.parametrize("url", ["sqlite"], indirect=True)
 GRACE_S = 600.0
 """Ten real seconds at scale 60, which a busy machine may take to start the process for replays."""
 LENGTHS = Lengths(block_s=60.0, burn_s=10.0, tail_s=5.0, settle_s=600.0, drain_p90_s=10.0)
@@ -169,6 +170,7 @@ def test_a_truly_better_strategy_is_found_with_the_right_sign(tmp_path: Path, ur
     assert verify(record) is None
 
 
+@on_one_database
 def test_a_strategy_against_itself_ends_in_neither(tmp_path: Path, url: str) -> None:
     ten_pairs_h = 10 * 2 * LENGTHS.block_s / 3600
     with rehearsed(tmp_path, url, "twin", max_hours=ten_pairs_h) as rehearsal:
@@ -181,6 +183,7 @@ def test_a_strategy_against_itself_ends_in_neither(tmp_path: Path, url: str) -> 
     assert active["generation"] == record.generation
 
 
+@on_one_database
 @pytest.mark.parametrize(("challenger", "guard"), [("raises", "strategy exceptions"), ("starves", "worst wait in s")])
 def test_an_absolute_guard_stops_a_bad_strategy_within_a_block(
     tmp_path: Path, url: str, challenger: str, guard: str
