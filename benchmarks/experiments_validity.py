@@ -63,7 +63,7 @@ class Size:
 
     equal_blocks: int = 144
     effect_blocks: int = 72
-    equal_loads: int = 60
+    equal_loads: int = 20
     effect_loads: int = 20
     guard_blocks: int = 6
     overloads: int = 3

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from kairos.scheduler_core.errors import InputError
-from kairos.scheduler_core.experiment import Schedule, Slot, read_schedule
+from kairos.scheduler_core.experiment import Schedule, read_schedule
 from kairos.scheduler_core.strategy import PolicyChoice, Strategy
 
 SESSIONS = 100_000
@@ -159,11 +159,6 @@ class Arms:
     def trusted_until_s(self) -> float:
         """When the champion runs alone unless the control plane is heard again: a block after it was."""
         return self._heard_s + (self.known.experiment.lengths.block_s if self.known else 0.0)
-
-    def slot_at(self, now_s: float) -> Slot | None:
-        """The slot that this time lies in."""
-        running = self.running(now_s)
-        return running.schedule.slot_at(now_s) if running else None
 
     def of_pool(self, now_s: float, pool: int = 0) -> Arm:
         """What orders, places and batches now: in the whole fleet, or in a pool (0 or 1)."""

@@ -108,7 +108,7 @@ def test_when_the_control_plane_is_away_for_more_than_a_block_only_the_champion_
 
     assert not any(arms.of_pool(now_s, pool).challenger for pool in (0, 1))
     assert not arms.of_session(arms.session_hash(session), now_s).challenger
-    assert arms.slot_at(now_s) is None
+    assert arms.running(now_s) is None
 
 
 def test_once_it_is_heard_again_the_same_arms_go_on() -> None:
