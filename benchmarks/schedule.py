@@ -176,7 +176,7 @@ def serve(kind: str, port: int, body: bytes, marks: Connection) -> None:
         app = create_app(settings)
     elif kind == "route":
         app = FastAPI()
-        app.router.routes.append(schedule_route(lambda snapshot, now_s, body: answer, 2**26))
+        app.router.routes.append(schedule_route(lambda snapshot, now_s, body: answer))
     else:
         app = pydantic_app(answer)
     uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning", access_log=False)

@@ -161,6 +161,8 @@ class Group(Section):
     """Address of a live worker."""
     engine: Literal["vllm", "sglang"] | None = None
     """What answers at `url`."""
+    forward_pass: Annotated[str, Field(pattern=r"^(tcp|ipc)://\S+$")] | None = None
+    """Where it publishes forward-pass metrics (docs/telemetry.md)."""
 
 
 class PrefillGroup(Group):
@@ -376,6 +378,18 @@ class AccessSettings(Section):
     """By the name of whoever holds it."""
 
 
+class Retention(Section):
+    """For how many days what is stored is kept; None: for ever."""
+
+    steps_days: Count | None = 30
+    requests_days: Count | None = 90
+    samples_days: Count | None = 14
+    decisions_days: Count | None = 14
+    events_days: Count | None = 365
+    rollups_days: Count | None = 1095
+    """The sums by the hour that steps and requests leave behind."""
+
+
 class TracingSettings(Section):
     """Where traces go."""
 
@@ -390,6 +404,7 @@ class StoreSettings(Section):
     """sqlite:///PATH or postgresql://USER@HOST/NAME; never shown, since it may hold a password."""
     queued_rows: Count = 200_000
     """Rows of telemetry that may wait to be stored; more is answered 429."""
+    retention: Retention = Retention()
 
 
 SHIPPED_STRATEGIES: dict[str, dict[str, Any]] = {

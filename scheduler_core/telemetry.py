@@ -1,6 +1,6 @@
 """What an engine reports: one record a step, one a request, and many steps of one profile as arrays.
 
-`StepRow` and `RequestRow` are the wire form (docs/files.md): the fields of telemetry files, milliseconds
+`StepRow`, `RequestRow` and `SampleRow` are the wire form (docs/files.md): the fields of telemetry files, milliseconds
 where those have them. The rest is in the glossary's names, seconds and tokens.
 """
 
@@ -182,6 +182,45 @@ class RequestRow(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=Tr
     decode_instance: Word = ""
     seq: int | None = None
     """In files and taken, but not kept."""
+
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+Total = Annotated[int, Meta(ge=0, le=10**15)]
+Mean = Annotated[float, Meta(ge=0, le=10**9)]
+
+
+class SampleRow(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    """What an instance said of itself at a moment, and what happened there since the sample before.
+
+    Null: its engine does not say, or there is no sample before (the first one, and the first after a restart).
+    """
+
+    instance: Name
+    at_s: Annotated[float, Meta(ge=0, le=10**11)]
+    """UTC epoch seconds."""
+    engine: Word = ""
+    requests_running: Requests | None = None
+    requests_waiting: Requests | None = None
+    kv_cache_usage: Share | None = None
+    interval_s: Annotated[float, Meta(gt=0, le=10**9)] | None = None
+    """Since the sample before; of this time are the figures below."""
+    finished_requests: Total | None = None
+    prompt_tokens: Total | None = None
+    output_tokens: Total | None = None
+    preemptions: Total | None = None
+    prefix_hit_ratio: Share | None = None
+    """Prompt tokens found in the prefix cache of those looked up."""
+    kv_expired: Total | None = None
+    """Requests whose KV was held for a decode instance that did not fetch it in time."""
+    failed_transfers: Total | None = None
+    ttft_ms: Mean | None = None
+    """Mean of the requests that got their first token; the others likewise."""
+    itl_ms: Mean | None = None
+    e2e_ms: Mean | None = None
+    decode_steps: Total | None = None
+    decode_batch: Mean | None = None
+    """Mean of the decode steps."""
+    decode_step_ms: Mean | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,10 @@
-"""`kairos db upgrade | current | forget`: the database of the control plane."""
+"""`kairos db upgrade | current | forget | expire`: the database of the control plane."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +29,7 @@ def register(app: typer.Typer) -> None:
     db.command()(upgrade)
     db.command()(current)
     db.command()(forget)
+    db.command()(expire)
     app.add_typer(db, name="db")
 
 
@@ -77,6 +80,27 @@ def forget(
         require_filled(store)
         rows = forget_requests(store, tenants=tenant or (), requests=request or (), everyone=everyone)
         typer.echo(f"{store.name}: {rows} requests are of nobody now")
+
+
+def expire(config: Config = None, url: Url = None, as_json: Json = False) -> None:
+    """Delete what is older than `store.retention` says; the service does the same every hour.
+
+    Example: kairos db expire --config kairos.yaml
+    """
+    from kairos.scheduler_core.config import Retention, load_settings
+    from kairos.scheduler_core.service.store.queries.retention import expiring
+
+    settings = load_settings(config).store if config else None
+    gone: Counter[str] = Counter()
+    with opened(config, url) as store:
+        require_filled(store)
+        for table, rows in expiring(store, settings.retention if settings else Retention(), datetime.now(UTC)):
+            gone[table] += rows
+        if as_json:
+            typer.echo(json.dumps(gone))
+        else:
+            told = ", ".join(f"{rows} of {table}" for table, rows in gone.items() if rows)
+            typer.echo(f"{store.name}: {told or 'nothing'} deleted")
 
 
 def require_filled(store: "Store") -> None:

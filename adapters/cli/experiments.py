@@ -10,7 +10,7 @@ from kairos.adapters.cli.control import DEFAULT_URL, Json, Key, Url, ask, print_
 from kairos.scheduler_core.errors import InputError
 
 Challenger = Annotated[str, typer.Argument(help="A strategy, its newest version, or NAME@VERSION.")]
-Design = Annotated[str, typer.Option(help="switchback, pools or sticky.")]
+Design = Annotated[str, typer.Option(help="switchback, pools, sticky or shadow.")]
 Hours = Annotated[float, typer.Option(help="When it ends at the latest.")]
 Effect = Annotated[float, typer.Option(help="Points of attainment that are worth finding.")]
 Given = Annotated[Path | None, typer.Option(help="YAML or JSON with further fields of POST /experiments/plan.")]
@@ -119,6 +119,8 @@ def verify(
     told = read_document(Path(record)) if Path(record).is_file() else None
     if told is None:
         told = ask(url, key, "GET", f"/experiments/{quote(record, safe='')}")
+    if isinstance(told, dict) and told.get("design") == "shadow":
+        raise InputError(f"{record} is a shadow: it ended in no verdict that could be verified")
     try:
         known = msgspec.convert(told, Record)
     except msgspec.ValidationError as problem:
@@ -139,9 +141,15 @@ def _planned(
 
 
 def _say_plan(answer: Any) -> None:
-    plan, lengths = answer["plan"], answer["plan"]["lengths"]
+    plan = answer["plan"]
     for warning in answer["warnings"]:
         typer.echo(f"kairos: {warning}", err=True)
+    if plan["design"] == "shadow":
+        typer.echo(
+            f"{plan['challenger']} looks on at {plan['share']:.0%} of the decisions of {plan['champion']}, acts on none"
+        )
+        return
+    lengths = plan["lengths"]
     typer.echo(
         f"{plan['challenger']} against {plan['champion']}, {plan['design']}: blocks of {lengths['block_s']:.0f} s, of "
         f"which the first {lengths['burn_s']:.0f} and the last {lengths['tail_s']:.0f} s do not count"
@@ -153,7 +161,7 @@ def _say_record(record: Any, as_json: bool) -> None:
     if as_json:
         return print_json(record)
     typer.echo(f"{record['id']}  {record['verdict']}: {record['sentence']}")
-    if "n" in record:
+    if record["design"] != "shadow":
         n, evidence = record["n"], record["evidence"]
         typer.echo(
             f"{n['pairs']} pairs ({n['void']} void), {n['champion_requests']} and {n['challenger_requests']} requests; "

@@ -1,4 +1,4 @@
-"""`kairos policies` and `kairos strategies`: what is there to choose from."""
+"""`kairos policies`: what is there to choose from."""
 
 import inspect
 import json
@@ -12,9 +12,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text."
 
 
 def register(app: typer.Typer) -> None:
-    """Add both commands."""
+    """Add `policies`."""
     app.command()(policies)
-    app.command()(strategies)
 
 
 def policies(as_json: Json = False) -> None:
@@ -42,21 +41,3 @@ def policies(as_json: Json = False) -> None:
         parameters = ", ".join(f"{key}={value}" for key, value in row["parameters"].items())
         shown = f"{row['name']}({parameters})" if parameters else row["name"]
         typer.echo(f"{row['kind']:18} {shown}\n{'':18}   {row['says']}")
-
-
-def strategies(
-    fleet: Annotated[str, typer.Option(help="A kairos.yaml, or a built-in fleet.")] = "b300", as_json: Json = False
-) -> None:
-    """List the strategies of a configuration; the active one is marked.
-
-    Example: kairos strategies --fleet kairos.yaml
-    """
-    from kairos.adapters.simulator.scenario import settings_of, strategy_of
-
-    settings = settings_of(fleet)
-    found = {name: strategy_of(settings, name).text for name in settings.strategies}
-    if as_json:
-        typer.echo(json.dumps({"active": settings.active, "strategies": found}, indent=2))
-        return
-    for name, text in found.items():
-        typer.echo(f"{'*' if name == settings.active else ' '} {name:16} {text}")

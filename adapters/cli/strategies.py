@@ -1,4 +1,4 @@
-"""`kairos strategies`: the versions of a running control plane, and which is active."""
+"""`kairos strategies`: those of a configuration; of a running control plane their versions, and which is active."""
 
 from pathlib import Path
 from typing import Annotated
@@ -13,11 +13,33 @@ Name = Annotated[str, typer.Argument(help="A strategy.")]
 
 def register(app: typer.Typer) -> None:
     """Add `strategies` and its commands."""
-    strategies = typer.Typer(no_args_is_help=True, help="Strategies of a running control plane, and the active one.")
+    strategies = typer.Typer(invoke_without_command=True)
+    strategies.callback()(of_configuration)
     strategies.command("list")(list_strategies)
     for command in (show, put, activate, rollback):
         strategies.command()(command)
     app.add_typer(strategies, name="strategies")
+
+
+def of_configuration(
+    context: typer.Context,
+    fleet: Annotated[str, typer.Option(help="A kairos.yaml, or a built-in fleet.")] = "b300",
+    as_json: Json = False,
+) -> None:
+    """List the strategies of a configuration, the active one marked; with a command, those of a control plane.
+
+    Example: kairos strategies --fleet kairos.yaml
+    """
+    from kairos.adapters.simulator.scenario import settings_of, strategy_of
+
+    if context.invoked_subcommand:
+        return
+    settings = settings_of(fleet)
+    found = {name: strategy_of(settings, name).text for name in settings.strategies}
+    if as_json:
+        return print_json({"active": settings.active, "strategies": found})
+    for name, text in found.items():
+        typer.echo(f"{'*' if name == settings.active else ' '} {name:16} {text}")
 
 
 def list_strategies(url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:

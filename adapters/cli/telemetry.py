@@ -1,9 +1,12 @@
-"""`kairos telemetry load`: files into the database."""
+"""`kairos telemetry load | scrape`: files into the database, engines into the control plane."""
 
 import json
+import os
+import signal
 from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
+from threading import Event
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -17,10 +20,10 @@ BATCH_ROWS = 10_000
 
 
 def register(app: typer.Typer) -> None:
-    """Add `telemetry` and its command."""
+    """Add `telemetry` and its commands."""
     telemetry = typer.Typer(no_args_is_help=True, help="Telemetry in the database.")
-    telemetry.callback()(lambda: None)  # keeps `load` a command of its own while it is the only one
     telemetry.command()(load)
+    telemetry.command()(scrape)
     app.add_typer(telemetry, name="telemetry")
 
 
@@ -65,6 +68,36 @@ def load(
     for line in told:
         left_out = "".join(f", {n} {flag} left out" for flag, n in line["excluded"].items())
         typer.echo(f"{line['file']}: {line['stored']} stored, {line['there_before']} there before{left_out}")
+
+
+def scrape(
+    config: Annotated[Path, typer.Option(help="A kairos.yaml whose fleet has groups with url and engine.")],
+    to: Annotated[str, typer.Option(help="Address of the control plane; its key comes from KAIROS_API_KEY.")],
+    every: Annotated[float, typer.Option(help="Seconds from one round to the next.", min=0.01)] = 5.0,
+    rounds: Annotated[int | None, typer.Option(help="How many; default: until it is interrupted.", min=1)] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask the engines of a live fleet what they do, and send it to the control plane.
+
+    Example: kairos telemetry scrape --config kairos.yaml --to http://127.0.0.1:8011
+    """
+    from kairos.adapters.sources.push import Push
+    from kairos.adapters.sources.scrape import scrape as ask
+    from kairos.scheduler_core.config import load_settings
+
+    settings = load_settings(config)
+    push, stopped = Push(to, os.environ.get("KAIROS_API_KEY", "")), Event()
+    before = {number: signal.signal(number, lambda *_: stopped.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        told = ask(settings, push, every, rounds, stopped, lambda line: typer.echo(f"kairos: {line}", err=True))
+    finally:
+        push.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if as_json:
+        typer.echo(json.dumps(told))
+    else:
+        typer.echo("rows: " + (", ".join(f"{rows} {what}" for what, rows in told.items()) or "none"))
 
 
 def _parts(rows: list[T]) -> list[list[T]]:

@@ -7,6 +7,7 @@ revision, down_revision = "0002", "0001"
 
 key = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 date = sa.DateTime(timezone=True)
+_BUCKETS = ("batch_bucket", "new_bucket", "context_bucket")
 
 
 def upgrade() -> None:
@@ -28,6 +29,42 @@ def upgrade() -> None:
     op.create_index("ix_requests_arrived_at_s", "requests", ["arrived_at_s"])
     told = sa.text("session IS NOT NULL")
     op.create_index("ix_requests_session", "requests", ["session"], sqlite_where=told, postgresql_where=told)
+    op.create_table(
+        "instance_samples",
+        sa.Column("id", key, nullable=False),
+        sa.Column("batch", key, nullable=False),
+        sa.Column("at_s", sa.Double, nullable=False),
+        sa.Column("instance", sa.String(128), nullable=False),
+        sa.Column("engine", sa.String(128), nullable=False),
+        *(sa.Column(name, sa.Integer) for name in ("requests_running", "requests_waiting")),
+        *(sa.Column(name, sa.Double) for name in ("kv_cache_usage", "interval_s")),
+        *(sa.Column(f"{name}_tokens", sa.BigInteger) for name in ("prompt", "output")),
+        *(sa.Column(name, sa.BigInteger) for name in ("finished_requests", "preemptions")),
+        sa.Column("prefix_hit_ratio", sa.Double),
+        *(sa.Column(name, sa.BigInteger) for name in ("kv_expired", "failed_transfers", "decode_steps")),
+        *(sa.Column(name, sa.Double) for name in ("ttft_s", "itl_s", "e2e_s", "decode_batch", "decode_step_s")),
+        sa.PrimaryKeyConstraint("id", name="pk_instance_samples"),
+    )
+    op.create_index("ix_instance_samples_instance_at_s", "instance_samples", ["instance", "at_s"])
+    op.create_table(
+        "step_hours",
+        sa.Column("hour_at", date, nullable=False),
+        sa.Column("recording", sa.Integer, nullable=False),
+        *(sa.Column(n, sa.SmallInteger, nullable=False) for n in ("kind", *_BUCKETS)),
+        sa.Column("n", sa.BigInteger, nullable=False),
+        *(sa.Column(name, sa.Double, nullable=False) for name in ("step_s", "step_s_squares")),
+        sa.PrimaryKeyConstraint("hour_at", "recording", "kind", *_BUCKETS, name="pk_step_hours"),
+    )
+    counts = ("n", "finished", "ttft_met", "ttft_missed", "tpot_met", "tpot_missed", "input_tokens", "output_tokens")
+    op.create_table(
+        "request_hours",
+        sa.Column("hour_at", date, nullable=False),
+        *(sa.Column(name, sa.String(128), nullable=False) for name in ("slo_class", "tenant")),
+        *(sa.Column(name, sa.BigInteger, nullable=False) for name in (*counts, "ttft_n", "tpot_n")),
+        *(sa.Column(f"{name}_s", sa.Double, nullable=False) for name in ("ttft", "tpot")),
+        *(sa.Column(f"{name}_s_squares", sa.Double, nullable=False) for name in ("ttft", "tpot")),
+        sa.PrimaryKeyConstraint("hour_at", "slo_class", "tenant", name="pk_request_hours"),
+    )
     op.add_column("models", sa.Column("report", sa.JSON))
     op.create_table(
         "events",
@@ -132,6 +169,8 @@ def downgrade() -> None:
     for table in ("experiment_reports", "experiment_pairs", "experiments", "api_keys", "reservations", "instances"):
         op.drop_table(table)
     for table in ("decisions", "leases", "events"):
+        op.drop_table(table)
+    for table in ("request_hours", "step_hours", "instance_samples"):
         op.drop_table(table)
     op.drop_column("models", "report")
     op.drop_index("ix_requests_session", "requests")

@@ -16,6 +16,7 @@ from kairos.scheduler_core.replay import Replay
 from kairos.scheduler_core.service.access import Access, Keys
 from kairos.scheduler_core.service.attainment import Outcomes
 from kairos.scheduler_core.service.bodies import Limits
+from kairos.scheduler_core.service.expiry import Expiry
 from kairos.scheduler_core.service.lifecycle import Lifecycle
 from kairos.scheduler_core.service.live import Live
 from kairos.scheduler_core.service.openapi import openapi_of
@@ -64,7 +65,7 @@ def create_app(settings: Settings, replay: Replay | None = None) -> FastAPI:
         summary="Which request runs next, where, in which batch.",
         lifespan=lifespan,
     )
-    app.router.routes.append(schedule_route(scheduler.schedule, settings.service.max_body_bytes))
+    app.router.routes.append(schedule_route(scheduler.schedule))
     if database:
         outcomes = Outcomes(plane.metrics, lambda: scheduler.settings.slo.classes)
         telemetry = telemetry_routes(database.writer, plane.metrics, settings.service.max_body_bytes, outcomes.note)
@@ -95,7 +96,10 @@ def create_app(settings: Settings, replay: Replay | None = None) -> FastAPI:
 
 def _parts(plane: Plane) -> list[Part]:
     """Everything beside `/schedule` and telemetry, in the order in which it starts."""
-    return [Live(plane)]
+    parts: list[Part] = [Live(plane)]
+    if plane.database and plane.settings.store:
+        parts.append(Expiry(plane.database.store, plane.settings.store.retention, plane.metrics))
+    return parts
 
 
 def _traced(app: FastAPI, plane: Plane, endpoint: str) -> Part:

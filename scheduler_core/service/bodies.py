@@ -38,25 +38,14 @@ def unreadable(headers: Headers, kinds: Sequence[str], codings: Sequence[str]) -
     return None
 
 
-async def read_body(headers: Headers, receive: Receive, most_bytes: int) -> bytes | None:
-    """The whole body; None when the client left.
-
-    Raises:
-        TooLargeError: it is longer than the limit, by its header or as it comes.
-    """
-    length = headers.get("content-length", "")
-    if length.isdecimal() and int(length[:18]) > most_bytes:
-        raise _too_large(most_bytes)
+async def read_body(receive: Receive) -> bytes | None:
+    """The whole body, which `Limits` keeps short; None when the client left."""
     chunks: list[bytes] = []
-    size = 0
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
         chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        if size > most_bytes:
-            raise _too_large(most_bytes)
         if not message.get("more_body", False):
             return b"".join(chunks)
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from kairos.scheduler_core.config import Settings
@@ -14,8 +15,8 @@ from kairos.scheduler_core.service.store.queries.events import add_event
 
 _log = logging.getLogger(__name__)
 
-_AT_START_ONLY = ("service", "store", "tracing")
-"""Sections that are read once."""
+_TAKEN = {"profiles", "fleet", "slo", "guards", "strategies", "active", "access"}
+"""Sections that are taken over; the others are read once, at the start."""
 
 
 class Lifecycle:
@@ -51,8 +52,12 @@ class Lifecycle:
             self._tell("configuration_refused", {"problem": str(problem)})
             return
         scheduler.configure(settings, profiles)
+        if self._plane.database:
+            with suppress(StoreError):  # seen again, and told, within a second
+                self._plane.database.changes.look("models")
         self._keys.configure(settings.access)
-        waiting = [name for name in _AT_START_ONLY if getattr(settings, name) != getattr(before, name)]
+        once = [name for name in Settings.model_fields if name not in _TAKEN]
+        waiting = [name for name in once if getattr(settings, name) != getattr(before, name)]
         self._tell("configuration_taken", {"needs_restart": waiting})
 
     def _tell(self, kind: str, detail: dict[str, object]) -> None:

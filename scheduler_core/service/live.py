@@ -8,6 +8,7 @@ from kairos.scheduler_core.experiment import Clock
 from kairos.scheduler_core.service.experiments.keeper import Experiments
 from kairos.scheduler_core.service.experiments.replaying import ReplayProcess
 from kairos.scheduler_core.service.experiments.runner import Runner
+from kairos.scheduler_core.service.experiments.shadowing import Shadow
 from kairos.scheduler_core.service.plane import Plane
 from kairos.scheduler_core.service.routes.experiments import experiments_router
 from kairos.scheduler_core.service.routes.strategies import strategies_router
@@ -26,10 +27,12 @@ class Live:
         self.strategies = Strategies(plane)
         self.experiments: Experiments | None = None
         self.runner: Runner | None = None
+        self.shadow: Shadow | None = None
         if plane.database:
             self.experiments = Experiments(
                 plane, plane.database, self.strategies, clock or Clock(plane.settings.service.clock_scale)
             )
+            self.shadow = Shadow(self.experiments)
             self.runner = Runner(self.experiments, ReplayProcess(plane.replay) if plane.replay else None)
 
     def routes(self) -> Sequence[BaseRoute]:
@@ -41,10 +44,12 @@ class Live:
 
     def start(self) -> None:
         """Begin to run experiments."""
-        if self.runner:
-            self.runner.start()
+        for worker in (self.runner, self.shadow):
+            if worker:
+                worker.start()
 
     def stop(self) -> None:
         """Leave them to other replicas."""
-        if self.runner:
-            self.runner.stop()
+        for worker in (self.runner, self.shadow):
+            if worker:
+                worker.stop()

@@ -87,6 +87,12 @@ class Metrics:
         self.telemetry_queue = Gauge(
             "kairos_telemetry_queue_rows", "Rows of telemetry that wait to be stored.", registry=registry
         )
+        self.expired_rows = Counter(
+            "kairos_expired_rows", "Rows that were older than they are to be kept.", ["table"], registry=registry
+        )
+        self.expiry_failures = Counter(
+            "kairos_expiry_failures", "Deletions of old rows that the database broke off.", registry=registry
+        )
         self.trainings = Counter(
             "kairos_trainings", "Trainings that ended, by outcome.", ["outcome"], registry=registry
         )

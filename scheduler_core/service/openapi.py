@@ -2,6 +2,7 @@
 
 import json
 from importlib.resources import files
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -10,27 +11,30 @@ from fastapi.openapi.utils import get_openapi
 
 from kairos.scheduler_core.service.access import rule_for
 from kairos.scheduler_core.service.experiments.record import Record
+from kairos.scheduler_core.service.experiments.shadow import ShadowRecord
 from kairos.scheduler_core.service.problems import PROBLEM_TYPE, problem_of
 from kairos.scheduler_core.service.schemas import (
     Answer,
     FieldProblem,
     Problem,
     RequestsBody,
+    SamplesBody,
     Snapshot,
     StepsBody,
     TelemetryAnswer,
 )
-from kairos.scheduler_core.telemetry import RequestRow, StepRow
+from kairos.scheduler_core.telemetry import RequestRow, SampleRow, StepRow
 
 
 def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
     """FastAPI's document, with the bodies that msgspec reads and writes; with the routes for telemetry or without."""
     document = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
     example = json.loads(files("kairos.scheduler_core.service").joinpath("example.json").read_text("utf-8"))
-    types = [Snapshot, Answer, Problem]
-    types += [StepsBody, StepRow, RequestsBody, RequestRow, TelemetryAnswer, Record] if telemetry else []
+    of_telemetry = {"steps": (StepsBody, StepRow), "requests": (RequestsBody, RequestRow)}
+    of_telemetry |= {"samples": (SamplesBody, SampleRow)}
+    types = [Snapshot, Answer, Problem, TelemetryAnswer, *chain.from_iterable(of_telemetry.values())]
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
-    snapshot, answer, problem, *of_telemetry = schemas
+    snapshot, answer, problem, stored, *bodies = schemas
     document["paths"]["/schedule"] = {
         "post": {
             "tags": ["decisions"],
@@ -52,9 +56,14 @@ def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
         }
     }
     if telemetry:
-        steps_body, step, requests_body, request, stored, _ = of_telemetry
-        for name, body, row in (("steps", steps_body, step), ("requests", requests_body, request)):
+        components |= msgspec.json.schema_components(
+            [Record, ShadowRecord], ref_template="#/components/schemas/{name}"
+        )[1]
+        for name, body, row in zip(of_telemetry, bodies[::2], bodies[1::2], strict=True):
             document["paths"][f"/telemetry/{name}"] = {"post": _telemetry(name, body, row, stored, problem)}
+    else:
+        for told in (TelemetryAnswer, *chain.from_iterable(of_telemetry.values())):
+            del components[told.__name__]
     document["components"]["schemas"].update(components)
     _complete(document, problem)
     return document
@@ -78,7 +87,7 @@ def _complete(document: dict[str, Any], problem: Any) -> None:
 
 
 def _telemetry(name: str, body: Any, row: Any, stored: Any, problem: Any) -> dict[str, Any]:
-    """The operation that takes `name` (steps or requests)."""
+    """The operation that takes `name` (steps, requests or samples)."""
     rows = {"type": "array", "items": row}
     header = {
         "name": "x-kairos-batch-id",

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from kairos.scheduler_core.decision import Reason, Standing
 from kairos.scheduler_core.domain import Control
-from kairos.scheduler_core.telemetry import RequestRow, StepRow
+from kairos.scheduler_core.telemetry import RequestRow, SampleRow, StepRow
 
 _MOST_TOKENS = 10**8
 _MOST_SECONDS = 10**11
@@ -317,8 +317,15 @@ class RequestsBody(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=
     batch_id: BatchId | None = None
 
 
+class SamplesBody(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True):
+    """Samples of instances with the id of their batch."""
+
+    rows: list[SampleRow]
+    batch_id: BatchId | None = None
+
+
 class RowsBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Either of them, its rows not looked at yet."""
+    """Any of them, its rows not looked at yet."""
 
     rows: list[msgspec.Raw]
     batch_id: BatchId | None = None

@@ -71,8 +71,8 @@ class Server(uvicorn.Server):
         """Start; from then on SIGHUP has the configuration read again."""
         await super().startup(sockets)
         signal.signal(signal.SIGHUP, self._ask_for_reload)
-        address = self.servers[0].sockets[0].getsockname() if self.started else ("", 0)
-        _log.info("the service listens", extra={"host": address[0], "port": address[1]})
+        host, port, *_ = self.servers[0].sockets[0].getsockname()
+        _log.info("the service listens", extra={"host": host, "port": port, "keys": self._lifecycle.keys_required})
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end; the second signal ends the notice, the third everything."""

@@ -39,7 +39,8 @@ def test_the_help_of_every_command_has_an_example_of_it(command: tuple[str, ...]
 
 def test_the_commands_that_are_promised_are_there() -> None:
     assert {" ".join(command) for command in COMMANDS} >= {
-        *("demo", "simulate", "compare", "bound", "train", "evaluate", "predict", "serve", "policies", "strategies"),
+        *("demo", "simulate", "compare", "bound", "train", "evaluate", "predict", "serve", "policies"),
+        *("strategies list", "experiments verify"),
         *("report", "trace generate", "trace convert", "trace describe", "config check", "config schema"),
     }
 

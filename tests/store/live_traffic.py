@@ -78,7 +78,9 @@ class Replica:
 
     def record(self, experiment_id: str = "exp_01") -> Record:
         """As it stands."""
-        return self.experiments.record(experiment_id)
+        record = self.experiments.record(experiment_id)
+        assert isinstance(record, Record)
+        return record
 
 
 def plan(**changes: Any) -> Plan:

@@ -3,7 +3,10 @@
 import signal
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import httpx
@@ -30,21 +33,46 @@ def on(url: str) -> dict[str, str]:
     return {"KAIROS_STORE__URL": url, "PATH": "/usr/bin:/bin"}
 
 
-def test_a_restart_keeps_what_was_acknowledged(empty: Store, url: str) -> None:
+def send(address: str, batch_id: str) -> bool:
+    """Have 100 steps stored; whether they were stored before."""
+    body = {"batch_id": batch_id, "rows": [decode_step()] * 100}
+    answer = httpx.post(f"{address}/telemetry/steps", json=body).raise_for_status().json()
+    assert answer["stored"] == 100
+    return bool(answer["duplicate"])
+
+
+def test_a_kill_in_the_middle_of_ingest_loses_nothing_acknowledged_and_a_sender_makes_up_for_the_rest(
+    empty: Store, url: str
+) -> None:
     if not empty.embedded:
         assert kairos("db", "upgrade", "--url", url).code == 0
-    with served(on(url)) as (address, process):
-        first = httpx.post(f"{address}/telemetry/steps", json={"batch_id": "b", "rows": [decode_step()] * 100})
+    sent: set[str] = set()
+    acknowledged: set[str] = set()
+    enough = Event()
+
+    def sender(name: str) -> None:
+        for number in count():
+            batch_id = f"{name}-{number}"
+            sent.add(batch_id)
+            send(address, batch_id)
+            acknowledged.add(batch_id)
+            if len(acknowledged) >= 30:
+                enough.set()
+
+    with ThreadPoolExecutor(3) as pool, served(on(url)) as (address, process):
+        senders = [pool.submit(sender, name) for name in "abc"]
+        assert enough.wait(60)
         process.send_signal(signal.SIGKILL)
+        failures = [type(ended.exception(60)) for ended in senders]
     with served(on(url)) as (address, _):
-        again = httpx.post(f"{address}/telemetry/steps", json={"batch_id": "b", "rows": [decode_step()] * 100})
+        there_before = {batch_id for batch_id in sent if send(address, batch_id)}
         more = httpx.post(f"{address}/telemetry/requests", json=[request()])
 
-    assert (first.json()["stored"], first.json()["duplicate"]) == (100, False)
-    assert (again.json()["stored"], again.json()["duplicate"]) == (100, True)
+    assert all(issubclass(failure, httpx.TransportError) for failure in failures)
+    assert there_before >= acknowledged
     assert more.json()["stored"] == 1
     with empty.read() as connection:
-        assert connection.scalars(select(func.count()).select_from(Step)).one() == 100
+        assert connection.scalar(select(func.count()).select_from(Step)) == 100 * len(sent)
 
 
 @pytest.mark.parametrize("url", ["postgresql"], indirect=True)
@@ -80,7 +108,7 @@ APP = create_app(settings_of(store={"url": f"sqlite:///{_FOLDER.name}/kairos.db"
 DOCUMENT: dict[str, Any] = call(APP, "GET", "/openapi.json").json()
 
 
-@pytest.mark.parametrize("name", ["steps", "requests"])
+@pytest.mark.parametrize("name", ["steps", "requests", "samples"])
 def test_the_routes_are_described_with_their_bodies_and_problems(name: str) -> None:
     operation = DOCUMENT["paths"][f"/telemetry/{name}"]["post"]
 

@@ -1,6 +1,5 @@
 """What is acknowledged stays, what fails leaves nothing, what is full says so; forgetting, models, strategies, size."""
 
-import re
 import signal
 import sqlite3
 import subprocess
@@ -18,7 +17,7 @@ from command_line import kairos
 from fastapi import FastAPI
 from service.snapshots import call, settings_of
 from sqlalchemy import Connection, func, select, text, update
-from store.rows import decode_step, request_row, step_row
+from store.rows import add, decode_step, documented, made_requests, made_steps, request_row, step_row, used_bytes
 
 from kairos.scheduler_core.errors import BusyError, KairosError, StoreError, UnknownNameError
 from kairos.scheduler_core.service.app import create_app
@@ -33,19 +32,13 @@ from kairos.scheduler_core.service.store.revisions import upgrade
 from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.tables import Batch, Request, Step
 from kairos.scheduler_core.service.store.writer import Writer
-from kairos.scheduler_core.telemetry import RequestRow, StepRow
+from kairos.scheduler_core.telemetry import StepRow
 
 ROOT = Path(__file__).parents[2]
 
 
 def steps(batch_id: str, *rows: StepRow) -> StepBatch:
     return StepBatch(batch_id, b"0" * 16, rows or [step_row()])
-
-
-def add(store: Store, *batches: StepBatch | RequestBatch) -> None:
-    for batch in batches:
-        with store.write() as connection:
-            add_batch(connection, batch)
 
 
 def count(store: Store, table: type[Step] | type[Batch] = Step) -> int:
@@ -504,31 +497,6 @@ def test_a_version_that_is_not_there_is_named_with_those_that_are(store: Store) 
 
 
 # -- size ------------------------------------------------------------------------------------------------------------
-
-
-def used_bytes(store: Store) -> int:
-    """What the database takes on disk, its log left out."""
-    with store.read() as connection:
-        if store.embedded:
-            pages = text("SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()")
-            return int(connection.execute(pages).scalar_one())
-        sizes = text("SELECT sum(pg_total_relation_size(name)) FROM unnest(ARRAY['steps', 'requests']) AS name")
-        return int(connection.execute(sizes).scalar_one())
-
-
-def documented(database: str, rows: str) -> int:
-    """Bytes a row, as docs/store.md says."""
-    found = re.search(rf"\| {rows} \| (\d+) \| (\d+) \|", (ROOT / "docs" / "store.md").read_text())
-    assert found is not None
-    return int(found[1 if database == "sqlite" else 2])
-
-
-def made_steps(n: int) -> list[StepRow]:
-    return [step_row(batch_size=1 + k % 64, sum_context_tokens=(1 + k % 64) * (200 + k % 3000)) for k in range(n)]
-
-
-def made_requests(n: int) -> list[RequestRow]:
-    return [request_row(request_id=f"req-{k:016x}", tenant=f"tenant-{k % 9}", input_tokens=k % 9000) for k in range(n)]
 
 
 @pytest.mark.parametrize("rows", ["steps", "requests"])

@@ -11,13 +11,13 @@ import pytest
 from fastapi import FastAPI
 from service.snapshots import call, settings_of
 from sqlalchemy import func, select
-from store.rows import decode_step, prefill_step, request
+from store.rows import decode_step, prefill_step, request, sample
 
 from kairos.scheduler_core.domain import Profile
 from kairos.scheduler_core.service.app import create_app
 from kairos.scheduler_core.service.store.queries.telemetry import read_steps
 from kairos.scheduler_core.service.store.session import Store
-from kairos.scheduler_core.service.store.tables import Batch, Recording, Request, Step
+from kairos.scheduler_core.service.store.tables import Batch, InstanceSample, Recording, Request, Step, Table
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def post(app: FastAPI, rows: Any, to: str = "steps", **headers: str) -> httpx.Re
     return call(app, "POST", f"/telemetry/{to}", content=content, headers=sent)
 
 
-def count(store: Store, table: type[Step] | type[Request] | type[Batch] | type[Recording] = Step) -> int:
+def count(store: Store, table: type[Table] = Step) -> int:
     with store.read() as connection:
         return connection.scalars(select(func.count()).select_from(table)).one()
 
@@ -85,6 +85,15 @@ def test_requests_are_stored_with_the_prediction_beside_the_outcome(app: FastAPI
     ]
 
 
+def test_samples_are_stored_with_what_is_not_known_left_empty(app: FastAPI, store: Store) -> None:
+    assert post(app, [sample(), sample(instance="prefill-0", ttft_ms=0.0)], to="samples").json()["stored"] == 2
+    with store.read() as connection:
+        decode, prefill = connection.execute(select(InstanceSample.__table__).order_by(InstanceSample.id)).all()
+
+    assert (decode.instance, decode.at_s, decode.itl_s, decode.output_tokens) == ("decode-0", 1.7e9, 0.0125, 480)
+    assert (decode.ttft_s, decode.kv_expired, prefill.ttft_s) == (None, None, 0.0)
+
+
 def test_json_lines_gzip_and_an_object_say_the_same_as_an_array(app: FastAPI, store: Store) -> None:
     rows = [decode_step(), prefill_step()]
     lines = b"\n".join(json.dumps(row).encode() for row in rows) + b"\n\n"
@@ -103,7 +112,7 @@ def test_json_lines_gzip_and_an_object_say_the_same_as_an_array(app: FastAPI, st
     assert (count(store), count(store, Recording)) == (10, 1)
 
 
-@pytest.mark.parametrize(("to", "row"), [("steps", decode_step()), ("requests", request())])
+@pytest.mark.parametrize(("to", "row"), [("steps", decode_step()), ("requests", request()), ("samples", sample())])
 def test_the_same_batch_again_is_answered_as_before_and_stored_once(
     app: FastAPI, store: Store, to: str, row: dict[str, Any]
 ) -> None:
@@ -112,7 +121,7 @@ def test_the_same_batch_again_is_answered_as_before_and_stored_once(
 
     assert (first["duplicate"], again["duplicate"]) == (False, True)
     assert first["stored"] == again["stored"] == 2
-    assert count(store, Step if to == "steps" else Request) == 2
+    assert count(store, {"steps": Step, "requests": Request, "samples": InstanceSample}[to]) == 2
 
 
 def test_an_id_with_other_content_is_refused(app: FastAPI, store: Store) -> None:
@@ -210,6 +219,21 @@ def test_a_request_that_cannot_be_is_refused_by_name(row: Any, path: str) -> Non
 
 
 @pytest.mark.parametrize(
+    ("row", "path"),
+    [
+        (sample(kv_cache_usage=1.01), "[0].kv_cache_usage"),
+        (sample(interval_s=0), "[0].interval_s"),
+        (sample(preemptions=-1), "[0].preemptions"),
+        (sample(instance=""), "[0].instance"),
+    ],
+)
+def test_a_sample_that_cannot_be_is_refused_by_name(row: Any, path: str) -> None:
+    answer = post(REFUSING, [row], to="samples")
+
+    assert (answer.status_code, [error["path"] for error in answer.json()["errors"]]) == (422, [path])
+
+
+@pytest.mark.parametrize(
     ("body", "headers", "status", "says"),
     [
         (b"", {}, 400, "no valid JSON"),
@@ -265,12 +289,14 @@ class _Refusing:
 
 def _refusing() -> FastAPI:
     from kairos.scheduler_core.errors import KairosError
+    from kairos.scheduler_core.service.bodies import Limits
     from kairos.scheduler_core.service.metrics import Metrics
     from kairos.scheduler_core.service.problems import on_kairos_error
     from kairos.scheduler_core.service.routes.telemetry import telemetry_routes
 
     app = FastAPI(routes=telemetry_routes(_Refusing(), Metrics(), 100_000))  # type: ignore[arg-type]
     app.add_exception_handler(KairosError, on_kairos_error)
+    app.add_middleware(Limits, most_bytes=100_000, most_s=30.0)
     return app
 
 

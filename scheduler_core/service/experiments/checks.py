@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from kairos.scheduler_core.errors import FieldsError
 from kairos.scheduler_core.service.experiments.design import LONGEST_BLOCK_S, Plan
 from kairos.scheduler_core.service.experiments.evidence import SIGMA_FLOOR
+from kairos.scheduler_core.service.experiments.shadow import ShadowPlan
 
 LONGEST_H = 60 * 24.0
 LARGEST_SHARE = 0.5
@@ -20,6 +21,23 @@ def check_plan(plan: Plan) -> Plan:
     if problems := [*_times(plan), *_statistics(plan), *_stages(plan)]:
         raise FieldsError(problems)
     return plan
+
+
+def check_shadow(plan: ShadowPlan) -> None:
+    """Pass a shadow that can be run.
+
+    Raises:
+        FieldsError: every field that cannot be run, by its path.
+    """
+    problems = []
+    if plan.champion == plan.challenger:
+        problems.append(("challenger", "is the champion; name another version"))
+    if not 0.0 < plan.share <= 1.0:
+        problems.append(("share", "needs above 0, 1 at most"))
+    if not 0.0 < plan.max_hours <= LONGEST_H:
+        problems.append(("max_hours", f"needs above 0, {LONGEST_H:.0f} at most"))
+    if problems:
+        raise FieldsError(problems)
 
 
 def _times(plan: Plan) -> Iterator[tuple[str, str]]:

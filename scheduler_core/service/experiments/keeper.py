@@ -2,16 +2,23 @@
 
 import hashlib
 import secrets
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from sqlalchemy import Connection
 
 from kairos.scheduler_core.errors import ConflictError
 from kairos.scheduler_core.experiment import Clock, iso, sign
-from kairos.scheduler_core.service.experiments.checks import check_plan
+from kairos.scheduler_core.service.experiments.checks import check_plan, check_shadow
 from kairos.scheduler_core.service.experiments.design import Pair, Plan, draw_schedule
 from kairos.scheduler_core.service.experiments.record import Record, record_of
+from kairos.scheduler_core.service.experiments.shadow import (
+    Block,
+    Sample,
+    ShadowPlan,
+    ShadowRecord,
+    shadow_record,
+)
 from kairos.scheduler_core.service.experiments.verdict import Ending
 from kairos.scheduler_core.service.plane import Database, Plane
 from kairos.scheduler_core.service.store.changes import announce
@@ -47,6 +54,13 @@ class Running:
         return self._signed[1]
 
 
+class RunningShadow(NamedTuple):
+    """A shadow that looks on."""
+
+    stored: StoredExperiment
+    plan: ShadowPlan
+
+
 class Experiments:
     """Keeps experiments in the store; at most one acts on traffic at a time."""
 
@@ -60,6 +74,7 @@ class Experiments:
         self.clock = clock
         self.running: Running | None = None
         """The one that acts on traffic."""
+        self.shadow: RunningShadow | None = None
         self.look()
         database.changes.watch("experiments", self.look)
         strategies.before_change = self._before_change
@@ -71,10 +86,12 @@ class Experiments:
             StoreError: the database is away.
         """
         with self.database.store.read() as connection:
-            found = [stored for stored in queries.running_experiments(connection) if stored.design != "shadow"]
-        known = self.running.stored if self.running else None
-        if (found[0] if found else None) != known:
-            self.running = Running(found[0]) if found else None
+            found = queries.running_experiments(connection)
+        acting = next((stored for stored in found if stored.design != "shadow"), None)
+        if acting != (self.running.stored if self.running else None):
+            self.running = Running(acting) if acting else None
+        shadow = next((stored for stored in found if stored.design == "shadow"), None)
+        self.shadow = RunningShadow(shadow, msgspec.convert(shadow.plan, ShadowPlan)) if shadow else None
 
     def key(self, stored: StoredExperiment) -> bytes:
         """What schedules of an experiment are signed with."""
@@ -88,20 +105,20 @@ class Experiments:
 
     # -- changes
 
-    def start(self, plan: Plan) -> StoredExperiment:
+    def start(self, plan: Plan | ShadowPlan) -> StoredExperiment:
         """Begin an experiment, a few seconds from now.
 
         Raises:
             FieldsError, UnknownNameError: the plan cannot be run.
             ConflictError: one runs already, or the champion is not active.
         """
-        check_plan(plan)
+        check_shadow(plan) if isinstance(plan, ShadowPlan) else check_plan(plan)
         for name in (plan.champion, plan.challenger):
             self.strategies.known.named(name)
         configured = self.plane.settings.service.schedule_key
         with self.database.store.write() as connection:
             lock(connection, Activation)
-            self._require_room(connection)
+            self._require_room(connection, plan.design)
             active = active_strategy(connection)
             if active is None or f"{active.name}@{active.version}" != plan.champion:
                 raise ConflictError(f"{plan.champion} is not active; plan again, or activate it first")
@@ -124,12 +141,13 @@ class Experiments:
         self.database.changes.look("experiments")
         return started
 
-    def _require_room(self, connection: Connection) -> None:
-        running = [s.id for s in queries.running_experiments(connection) if s.design != "shadow"]
+    def _require_room(self, connection: Connection, design: str) -> None:
+        alike = [s for s in queries.running_experiments(connection) if (s.design == "shadow") == (design == "shadow")]
+        running = [stored.id for stored in alike]
         if running:
             raise ConflictError(f"{running[0]} runs; stop it first, since two experiments would disturb each other")
 
-    def stop(self, experiment_id: str) -> Record:
+    def stop(self, experiment_id: str) -> Record | ShadowRecord:
         """End an experiment because an operator wants it; the record it ended in, whoever ended it.
 
         Raises:
@@ -151,9 +169,10 @@ class Experiments:
         stored = queries.experiment(connection, experiment_id)
         if not queries.end_experiment(connection, experiment_id):
             return False
-        plan = msgspec.convert(stored.plan, Plan)
-        name, _, version = plan.champion.rpartition("@")
-        generation = activate_strategy(connection, name, int(version))
+        generation = stored.generation
+        if stored.design != "shadow":  # which changed nothing
+            name, _, version = str(stored.plan["champion"]).rpartition("@")
+            generation = activate_strategy(connection, name, int(version))
         record = self._record(connection, stored, ending, iso(self.clock.now_s()), generation)
         queries.keep_record(connection, experiment_id, generation, msgspec.to_builtins(record))
         detail = {"verdict": record.verdict, "sentence": record.sentence, "generation": generation}
@@ -180,7 +199,7 @@ class Experiments:
 
     # -- records
 
-    def record(self, experiment_id: str) -> Record:
+    def record(self, experiment_id: str) -> Record | ShadowRecord:
         """The record of an experiment as it stands.
 
         Raises:
@@ -189,7 +208,8 @@ class Experiments:
         with self.database.store.read() as connection:
             stored = queries.experiment(connection, experiment_id)
             if stored.record is not None:
-                return msgspec.convert(stored.record, Record)
+                kind: type[Record | ShadowRecord] = ShadowRecord if stored.design == "shadow" else Record
+                return msgspec.convert(stored.record, kind)
             return self._record(connection, stored, None, None, stored.generation)
 
     def _record(
@@ -199,7 +219,15 @@ class Experiments:
         ending: Ending | None,
         stopped_at: str | None,
         generation: int,
-    ) -> Record:
+    ) -> Record | ShadowRecord:
+        if stored.design == "shadow":
+            return shadow_record(
+                msgspec.convert(stored.plan, ShadowPlan),
+                msgspec.convert(queries.pairs(connection, stored.id, "sample"), list[Sample]),
+                msgspec.convert(queries.pairs(connection, stored.id, "block"), list[Block]),
+                iso(stored.started_at_s),
+                stopped_at,
+            )
         return record_of(
             msgspec.convert(stored.plan, Plan),
             self.pairs(connection, stored.id, "live"),

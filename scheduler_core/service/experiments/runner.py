@@ -16,6 +16,7 @@ from kairos.scheduler_core.errors import StoreError
 from kairos.scheduler_core.experiment import Schedule, Slot
 from kairos.scheduler_core.replay import Arrivals, Replayed
 from kairos.scheduler_core.service.experiments.design import (
+    SHORTEST_BLOCK_S,
     Plan,
     champion_pairs,
     closed_pairs,
@@ -24,9 +25,10 @@ from kairos.scheduler_core.service.experiments.design import (
     slots_between,
 )
 from kairos.scheduler_core.service.experiments.health import breaches_of, serves_challenger
-from kairos.scheduler_core.service.experiments.keeper import Experiments, Running
+from kairos.scheduler_core.service.experiments.keeper import Experiments, Running, RunningShadow
 from kairos.scheduler_core.service.experiments.observe import Ask, SlotReported, lead_s, pair_of, seen
 from kairos.scheduler_core.service.experiments.replaying import ReplayProcess
+from kairos.scheduler_core.service.experiments.shadow import replayed_block
 from kairos.scheduler_core.service.experiments.verdict import Breach, Ending, judge
 from kairos.scheduler_core.service.store.queries import experiments as queries
 from kairos.scheduler_core.service.store.queries.leases import give_back_lease, take_lease
@@ -35,6 +37,8 @@ _log = logging.getLogger(__name__)
 
 TICK_S = 1.0
 LEASE_S = 20.0
+SETTLE_S = 60.0
+"""After its end, when a shadow's block is looked at."""
 ARRIVAL_LAG_S = 3.0
 """Real seconds that telemetry may take from a data plane into the store, on top of a block's own settling."""
 
@@ -85,10 +89,16 @@ class Runner:
 
     def tick(self) -> None:
         """Bring the running experiment up to this instant, if that is this replica's work."""
-        running = self.experiments.running
-        if running is None or not self._holds():
+        running, shadow = self.experiments.running, self.experiments.shadow
+        if not (running or shadow) or not self._holds():
             return
         now_s = self.experiments.clock.now_s()
+        if shadow:
+            self._replay_shadow(shadow, now_s)
+        if running:
+            self._advance(running, now_s)
+
+    def _advance(self, running: Running, now_s: float) -> None:
         if breach := self._breach(running, now_s):
             self.experiments.end(running.stored.id, Ending("guard", breach))
             return
@@ -158,6 +168,31 @@ class Runner:
             return replays.run(champion.strategy, arrivals)
 
         return ask
+
+    # -- shadows
+
+    def _replay_shadow(self, shadow: RunningShadow, now_s: float) -> None:
+        """Replay both strategies on every block that has closed since, and end the shadow when its time is over."""
+        stored, plan, database = shadow.stored, shadow.plan, self.experiments.database
+        asks = self.ask(plan.champion), self.ask(plan.challenger)
+        with database.store.read() as connection:
+            kept = {block["start_s"] for block in queries.pairs(connection, stored.id, "block")}
+        blocks = int((now_s - self._lag_s() - SETTLE_S - stored.started_at_s) // SHORTEST_BLOCK_S)
+        for i in range(blocks):
+            start_s = stored.started_at_s + i * SHORTEST_BLOCK_S
+            if start_s in kept:
+                continue
+            if self._stopped.is_set() or not self._holds():
+                return
+            earlier_s = start_s - SHORTEST_BLOCK_S
+            requests = queries.read_outcomes(database.store, earlier_s, start_s + SHORTEST_BLOCK_S)
+            block = replayed_block(start_s, requests, *asks)
+            if block is None:
+                continue
+            with database.store.write() as connection:
+                queries.add_pair(connection, stored.id, "block", i, msgspec.to_builtins(block))
+        if now_s > stored.started_at_s + plan.max_hours * 3600.0:
+            self.experiments.end(stored.id, Ending("time"))
 
     # -- verdicts
 

@@ -15,6 +15,7 @@ from kairos.scheduler_core.service.experiments.keeper import Experiments
 from kairos.scheduler_core.service.experiments.planner import hours, price
 from kairos.scheduler_core.service.experiments.planning import Question, plan_from
 from kairos.scheduler_core.service.experiments.runner import Runner
+from kairos.scheduler_core.service.experiments.shadow import ShadowPlan
 from kairos.scheduler_core.service.problems import problem_responses
 from kairos.scheduler_core.service.store.queries import experiments as queries
 
@@ -89,7 +90,10 @@ class PlanQuestion(BaseModel):
 
     challenger: StrategyName
     """A strategy (its newest version) or `name@version`."""
-    design: Literal["switchback", "pools", "sticky"] = "switchback"
+    design: Literal["switchback", "pools", "sticky", "shadow"] = "switchback"
+    """`shadow`: the challenger acts on nothing; of the fields below it takes `max_hours` and `share`."""
+    share: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 0.05
+    """`shadow`: of decisions that are looked at."""
     max_hours: Annotated[float, Field(gt=0, le=1440, allow_inf_nan=False)] = 48.0
     margin_pp: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 1.0
     effect_pp: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = 2.0
@@ -165,9 +169,8 @@ _AWAY = {"s503": "The database is away; nothing was changed."}
 _UNKNOWN = problem_responses(**_AWAY, s404="There is no such experiment.")
 _PLAN = problem_responses(**_AWAY, s404="There is no such strategy.", s409="The challenger is the champion.")
 _START = problem_responses(**_AWAY, s404="There is no such strategy.", s409="One runs, or the champion is not active.")
-_RECORD: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Record"}}}}
-}
+_RECORDS = [{"$ref": f"#/components/schemas/{name}"} for name in ("Record", "ShadowRecord")]
+_RECORD: dict[int | str, dict[str, Any]] = {200: {"content": {"application/json": {"schema": {"anyOf": _RECORDS}}}}}
 
 
 def experiments_router(experiments: Experiments, runner: Runner) -> APIRouter:
@@ -181,6 +184,17 @@ def experiments_router(experiments: Experiments, runner: Runner) -> APIRouter:
         known = experiments.strategies.known
         challenger = known.named(body.challenger) if "@" in body.challenger else known.newest(body.challenger)
         now_s = experiments.clock.now_s()
+        warnings = experiments.strategies.warnings(challenger.strategy)
+        if body.design == "shadow":
+            shadow = ShadowPlan(
+                id="",
+                champion=known.active.strategy.name,
+                challenger=challenger.strategy.name,
+                fixed_at=iso(now_s),
+                max_hours=body.max_hours,
+                share=body.share,
+            )
+            return Planned(plan=msgspec.to_builtins(shadow), price="nothing acts", hours=0.0, warnings=warnings)
         question = Question(
             champion=known.active.strategy.name,
             challenger=challenger.strategy.name,
@@ -197,7 +211,7 @@ def experiments_router(experiments: Experiments, runner: Runner) -> APIRouter:
             plan=msgspec.to_builtins(plan),
             price=price(plan),
             hours=hours(plan, plan.effect_pp / 100.0),
-            warnings=experiments.strategies.warnings(challenger.strategy),
+            warnings=warnings,
         )
 
     @router.post("/experiments", responses=_START)
@@ -240,9 +254,10 @@ _AS_ASKED = (
 )
 
 
-def _plan(told: dict[str, Any]) -> Plan:
+def _plan(told: dict[str, Any]) -> Plan | ShadowPlan:
+    kind: type[Plan | ShadowPlan] = ShadowPlan if told.get("design") == "shadow" else Plan
     try:
-        return msgspec.convert(told, Plan)
+        return msgspec.convert(told, kind)
     except msgspec.ValidationError as problem:
         message, _, place = str(problem).partition(" - at `$")
         raise FieldsError([(f"plan{place.rstrip('`')}", message[:1].lower() + message[1:])]) from None

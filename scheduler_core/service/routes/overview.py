@@ -54,8 +54,8 @@ class Fits:
         self._fitted_at: dict[str, datetime] = {}
 
     def look(self) -> bool:
-        """Ask the database; whether it answers."""
-        if self._database is None:
+        """Ask the database; whether it answers. One that is known to be away is not waited for."""
+        if self._database is None or self._database.changes.away:
             return False
         try:
             with self._database.store.read() as connection:

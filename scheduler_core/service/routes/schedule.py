@@ -24,17 +24,16 @@ Decide = Callable[[Snapshot, float, bytes], Answer]
 """`Scheduler.schedule`."""
 
 
-def schedule_route(decide: Decide, max_body_bytes: int) -> Route:
+def schedule_route(decide: Decide) -> Route:
     """The route over one scheduler; the OpenAPI document describes it in `openapi.py`."""
-    return Route("/schedule", ScheduleEndpoint(decide, max_body_bytes), methods=["POST"])
+    return Route("/schedule", ScheduleEndpoint(decide), methods=["POST"])
 
 
 class ScheduleEndpoint:
     """The ASGI application behind the route."""
 
-    def __init__(self, decide: Decide, max_body_bytes: int) -> None:
+    def __init__(self, decide: Decide) -> None:
         self._decide = decide
-        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the snapshot, decide, answer."""
@@ -42,7 +41,7 @@ class ScheduleEndpoint:
         if refusal := unreadable(headers, ("application/json",), ("identity",)):
             response = problem_response(refusal)
         else:
-            body = await read_body(headers, receive, self._max_body_bytes)
+            body = await read_body(receive)
             if body is None:
                 return
             if len(body) <= _INLINE_BYTES:

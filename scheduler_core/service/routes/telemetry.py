@@ -1,4 +1,4 @@
-"""`POST /telemetry/steps` and `/telemetry/requests`: batches into the store, acknowledged once they are committed.
+"""`POST /telemetry/steps`, `/requests` and `/samples`: batches into the store, acknowledged once they are committed.
 
 Who sends `prefer: respond-async` is answered 202 at once, and what the database does not take is kept in memory.
 """
@@ -37,12 +37,19 @@ from kairos.scheduler_core.service.schemas import (
     Problem,
     RequestsBody,
     RowsBody,
+    SamplesBody,
     StepsBody,
     TelemetryAnswer,
 )
-from kairos.scheduler_core.service.store.queries.telemetry import RequestBatch, StepBatch, Stored
+from kairos.scheduler_core.service.store.queries.telemetry import (
+    RequestBatch,
+    SampleBatch,
+    StepBatch,
+    Stored,
+    TelemetryBatch,
+)
 from kairos.scheduler_core.service.store.writer import Writer
-from kairos.scheduler_core.telemetry import RequestRow, StepRow, excluded_by
+from kairos.scheduler_core.telemetry import RequestRow, SampleRow, StepRow, excluded_by
 
 BATCH_ID_HEADER = "x-kairos-batch-id"
 JSON_LINES = ("application/x-ndjson", "application/jsonl")
@@ -52,7 +59,7 @@ _SHOWN = 1_000
 _encoder = msgspec.json.Encoder()
 _rows_decoder = msgspec.json.Decoder(list[msgspec.Raw] | RowsBody)
 
-Row = TypeVar("Row", StepRow, RequestRow)
+Row = TypeVar("Row", StepRow, RequestRow, SampleRow)
 
 
 def telemetry_routes(
@@ -70,6 +77,7 @@ def telemetry_routes(
     kinds: list[Kind[Any]] = [
         Kind("steps", Rows(StepRow, StepsBody), StepBatch, lambda row: excluded_by(row.flag)),
         Kind("requests", Rows(RequestRow, RequestsBody), RequestBatch, stored=requests_stored),
+        Kind("samples", Rows(SampleRow, SamplesBody), SampleBatch),
     ]
     return [
         Route(f"/telemetry/{kind.name}", TelemetryEndpoint(kind, writer, metrics, max_body_bytes), methods=["POST"])
@@ -91,7 +99,7 @@ class Read(Generic[Row]):
 class Rows(Generic[Row]):
     """Reads bodies with rows of one kind: all at once where nothing is wrong, otherwise row by row."""
 
-    def __init__(self, row: type[Row], body: type[StepsBody] | type[RequestsBody]) -> None:
+    def __init__(self, row: type[Row], body: type[StepsBody | RequestsBody | SamplesBody]) -> None:
         self._row: msgspec.json.Decoder[Row] = msgspec.json.Decoder(row)
         self._body = msgspec.json.Decoder(list[row] | body)  # type: ignore[valid-type]  # known when it runs
 
@@ -143,7 +151,7 @@ class Kind(Generic[Row]):
 
     name: str
     rows: Rows[Row]
-    batch_of: Callable[[str, bytes, list[Row]], StepBatch | RequestBatch]
+    batch_of: Callable[[str, bytes, list[Row]], TelemetryBatch[Row]]
     """Id, digest, rows."""
     excluded_by: Callable[[Row], str | None] = lambda row: None
     """Which flag leaves a row out."""
@@ -166,7 +174,7 @@ class TelemetryEndpoint(Generic[Row]):
         if refusal := unreadable(headers, ("application/json", *JSON_LINES), ("identity", "gzip")):
             response = problem_response(refusal)
         else:
-            body = await read_body(headers, receive, self._max_body_bytes)
+            body = await read_body(receive)
             if body is None:
                 return
             response = await self._answer(headers, body)
@@ -201,7 +209,7 @@ class TelemetryEndpoint(Generic[Row]):
         excluded = Counter(flag for flag in flags if flag)
         return [row for row, flag in zip(rows, flags, strict=True) if not flag] if excluded else rows, dict(excluded)
 
-    def _put(self, batch: StepBatch | RequestBatch, keep: bool) -> "Future[Stored]":
+    def _put(self, batch: TelemetryBatch[Row], keep: bool) -> "Future[Stored]":
         """Have it written, and count what becomes of it."""
         try:
             future = self._writer.put(batch, keep=keep)
@@ -211,14 +219,14 @@ class TelemetryEndpoint(Generic[Row]):
         future.add_done_callback(lambda ended: self._ended(ended, batch, keep))
         return future
 
-    def _ended(self, future: "Future[Stored]", batch: StepBatch | RequestBatch, keep: bool) -> None:
+    def _ended(self, future: "Future[Stored]", batch: TelemetryBatch[Row], keep: bool) -> None:
         if future.cancelled() or future.exception():
             self._count("dropped" if keep else "refused", batch.row_count)
         elif future.result().duplicate:
             self._count("duplicate", batch.row_count)
         else:
             self._count("stored", batch.row_count)
-            self._kind.stored(batch.rows)  # type: ignore[arg-type]  # a kind's batches have its rows
+            self._kind.stored(batch.rows)
 
     def _count(self, outcome: str, rows: int) -> None:
         if rows:

@@ -174,6 +174,81 @@ class Request(Table):
     decode_instance: Mapped[str | None] = mapped_column(String(128))
 
 
+class InstanceSample(Table):
+    """What an instance said of itself at a moment; `scheduler_core.telemetry.SampleRow` says what the fields mean."""
+
+    __tablename__ = "instance_samples"
+    __table_args__ = (Index(None, "instance", "at_s"),)
+
+    id: Mapped[int] = mapped_column(Key, primary_key=True)
+    batch: Mapped[int] = mapped_column(Key)
+    at_s: Mapped[float]
+    instance: Mapped[str] = mapped_column(String(128))
+    engine: Mapped[str] = mapped_column(String(128))
+    requests_running: Mapped[int | None] = mapped_column(Integer)
+    requests_waiting: Mapped[int | None] = mapped_column(Integer)
+    kv_cache_usage: Mapped[float | None]
+    interval_s: Mapped[float | None]
+    finished_requests: Mapped[int | None] = mapped_column(BigInteger)
+    prompt_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    output_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    preemptions: Mapped[int | None] = mapped_column(BigInteger)
+    prefix_hit_ratio: Mapped[float | None]
+    kv_expired: Mapped[int | None] = mapped_column(BigInteger)
+    failed_transfers: Mapped[int | None] = mapped_column(BigInteger)
+    ttft_s: Mapped[float | None]
+    itl_s: Mapped[float | None]
+    e2e_s: Mapped[float | None]
+    decode_steps: Mapped[int | None] = mapped_column(BigInteger)
+    decode_batch: Mapped[float | None]
+    decode_step_s: Mapped[float | None]
+
+
+class StepHour(Table):
+    """Sums over the steps of an hour that were deleted, by bucket: k = 2^(k-1) to 2^k-1, 0 = 0."""
+
+    __tablename__ = "step_hours"
+
+    hour_at: Mapped[datetime] = mapped_column(UtcDate, primary_key=True)
+    """In which they were received."""
+    recording: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    kind: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False)
+    batch_bucket: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False)
+    new_bucket: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False)
+    context_bucket: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False)
+    """Of cached tokens and contexts together."""
+    n: Mapped[int] = mapped_column(BigInteger)
+    step_s: Mapped[float]
+    step_s_squares: Mapped[float]
+
+
+class RequestHour(Table):
+    """Sums over the requests of an hour that were deleted. Met and missed: of those that had the target."""
+
+    __tablename__ = "request_hours"
+
+    hour_at: Mapped[datetime] = mapped_column(UtcDate, primary_key=True)
+    """Of their arrival; where it was not told, in which they were received."""
+    slo_class: Mapped[str] = mapped_column(String(128), primary_key=True)
+    tenant: Mapped[str] = mapped_column(String(128), primary_key=True)
+    """Empty: not told, or forgotten."""
+    n: Mapped[int] = mapped_column(BigInteger)
+    finished: Mapped[int] = mapped_column(BigInteger)
+    ttft_met: Mapped[int] = mapped_column(BigInteger)
+    ttft_missed: Mapped[int] = mapped_column(BigInteger)
+    tpot_met: Mapped[int] = mapped_column(BigInteger)
+    tpot_missed: Mapped[int] = mapped_column(BigInteger)
+    input_tokens: Mapped[int] = mapped_column(BigInteger)
+    output_tokens: Mapped[int] = mapped_column(BigInteger)
+    ttft_n: Mapped[int] = mapped_column(BigInteger)
+    """That have one."""
+    ttft_s: Mapped[float]
+    ttft_s_squares: Mapped[float]
+    tpot_n: Mapped[int] = mapped_column(BigInteger)
+    tpot_s: Mapped[float]
+    tpot_s_squares: Mapped[float]
+
+
 class Model(Table):
     """A trained predictor of one profile, as the bytes of its artifact."""
 
@@ -343,7 +418,7 @@ class ExperimentPair(Table):
 
     experiment: Mapped[str] = mapped_column(ForeignKey("experiments.id"), primary_key=True)
     kind: Mapped[str] = mapped_column(String(16), primary_key=True)
-    """live; or champion: against itself, where it runs alone."""
+    """live; champion: against itself, where it runs alone; sample and block: of a shadow."""
     i: Mapped[int] = mapped_column(Integer, primary_key=True)
     observed: Mapped[dict[str, Any]] = mapped_column(JSON)
 

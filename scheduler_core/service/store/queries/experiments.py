@@ -15,8 +15,8 @@ from kairos.scheduler_core.service.store.queries.numbering import lock
 from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.tables import Experiment, ExperimentPair, ExperimentReport, Request
 
-PairKind = Literal["live", "champion"]
-"""Of the experiment, or of the champion against itself where it runs alone."""
+PairKind = Literal["live", "champion", "sample", "block"]
+"""Of the experiment; of the champion against itself where it runs alone; a shadow's decisions and replayed blocks."""
 
 
 class StoredExperiment(NamedTuple):

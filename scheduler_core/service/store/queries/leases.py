@@ -3,8 +3,8 @@
 import time
 
 from sqlalchemy import Connection, delete, func, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 
+from kairos.scheduler_core.service.store.queries.upsert import insert_into
 from kairos.scheduler_core.service.store.tables import Lease
 
 
@@ -15,8 +15,9 @@ def take_lease(connection: Connection, name: str, holder: str, seconds: float) -
     """
     now_s = _now_s(connection)
     values = {"holder": holder, "until_s": now_s + seconds}
-    insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    connection.execute(insert(Lease).values(name=name, holder="", until_s=0.0).on_conflict_do_nothing())
+    connection.execute(
+        insert_into(connection, Lease).values(name=name, holder="", until_s=0.0).on_conflict_do_nothing()
+    )
     free = (Lease.name == name) & ((Lease.holder == holder) | (Lease.until_s <= now_s))
     return connection.execute(update(Lease).where(free).values(**values)).rowcount == 1
 

@@ -1,68 +1,43 @@
 """Telemetry: batches in, steps out for training, ids forgotten."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from sqlalchemy import ColumnElement, Connection, false, func, or_, select, text, true, update
-from sqlalchemy.dialects import postgresql, sqlite
 
 from kairos.scheduler_core.domain import Profile
 from kairos.scheduler_core.errors import ConflictError
+from kairos.scheduler_core.service.store.queries.retention import forget_in_hours
+from kairos.scheduler_core.service.store.queries.upsert import insert_into
 from kairos.scheduler_core.service.store.session import Store
 from kairos.scheduler_core.service.store.tables import (
     Batch,
+    InstanceSample,
     Recording,
     Request,
     Step,
     Table,
 )
 from kairos.scheduler_core.slo import FloatArray
-from kairos.scheduler_core.telemetry import PHASES, REQUEST_STATUSES, STEP_KINDS, RequestRow, StepKind, StepRow, Steps
+from kairos.scheduler_core.telemetry import (
+    PHASES,
+    REQUEST_STATUSES,
+    STEP_KINDS,
+    RequestRow,
+    SampleRow,
+    StepKind,
+    StepRow,
+    Steps,
+)
 
 PAGE_ROWS = 10_000
 """Rows read or changed in one transaction, so that none is long."""
 
 # -- telemetry in ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class StepBatch:
-    """Steps that are stored together or not at all."""
-
-    batch_id: str
-    digest: bytes
-    """16 bytes over what was sent."""
-    rows: Sequence[StepRow]
-
-    @property
-    def row_count(self) -> int:
-        """How many rows."""
-        return len(self.rows)
-
-    def write(self, connection: Connection) -> "Stored":
-        """As `add_batch`."""
-        return add_batch(connection, self)
-
-
-@dataclass(frozen=True, slots=True)
-class RequestBatch:
-    """Requests that are stored together or not at all."""
-
-    batch_id: str
-    digest: bytes
-    rows: Sequence[RequestRow]
-
-    @property
-    def row_count(self) -> int:
-        """How many rows."""
-        return len(self.rows)
-
-    def write(self, connection: Connection) -> "Stored":
-        """As `add_batch`."""
-        return add_batch(connection, self)
 
 
 class Stored(NamedTuple):
@@ -73,42 +48,93 @@ class Stored(NamedTuple):
     """It was stored before; `rows` is what was stored then."""
 
 
-def add_batch(connection: Connection, batch: StepBatch | RequestBatch) -> Stored:
+Row = TypeVar("Row", StepRow, RequestRow, SampleRow)
+
+
+@dataclass(frozen=True, slots=True)
+class TelemetryBatch(ABC, Generic[Row]):
+    """Rows of one kind that are stored together or not at all."""
+
+    rows_of: ClassVar[str]
+
+    batch_id: str
+    digest: bytes
+    """16 bytes over what was sent."""
+    rows: Sequence[Row]
+
+    @property
+    def row_count(self) -> int:
+        """How many rows."""
+        return len(self.rows)
+
+    def write(self, connection: Connection) -> Stored:
+        """As `add_batch`."""
+        return add_batch(connection, self)
+
+    @abstractmethod
+    def copy_rows(self, connection: Connection, key: int) -> None:
+        """Store the rows under the key of their batch."""
+
+
+class StepBatch(TelemetryBatch[StepRow]):
+    """Steps that are stored together or not at all."""
+
+    rows_of = "steps"
+
+    def copy_rows(self, connection: Connection, key: int) -> None:
+        """Store the rows under the key of their batch."""
+        recordings = _recordings(connection, {_step_recording(row) for row in self.rows})
+        _announce_ids(connection)
+        _copy(connection, Step, _STEP_COLUMNS, (_step_values(key, recordings, row) for row in self.rows))
+
+
+class RequestBatch(TelemetryBatch[RequestRow]):
+    """Requests that are stored together or not at all."""
+
+    rows_of = "requests"
+
+    def copy_rows(self, connection: Connection, key: int) -> None:
+        """Store the rows under the key of their batch."""
+        recordings = _recordings(connection, {_request_recording(row) for row in self.rows})
+        _copy(connection, Request, _REQUEST_COLUMNS, (_request_values(key, recordings, row) for row in self.rows))
+
+
+class SampleBatch(TelemetryBatch[SampleRow]):
+    """Samples of instances that are stored together or not at all."""
+
+    rows_of = "samples"
+
+    def copy_rows(self, connection: Connection, key: int) -> None:
+        """Store the rows under the key of their batch."""
+        _copy(connection, InstanceSample, _SAMPLE_COLUMNS, (_sample_values(key, row) for row in self.rows))
+
+
+def add_batch(connection: Connection, batch: TelemetryBatch[Any]) -> Stored:
     """Store a batch, unless one of its id is there.
 
     Raises:
         ConflictError: one of its id is there, with other content.
     """
-    if isinstance(batch, StepBatch):
-        key = _batch_key(connection, "steps", batch)
-        if isinstance(key, Stored):
-            return key
-        recordings = _recordings(connection, {_step_recording(row) for row in batch.rows})
-        _announce_ids(connection)
-        _copy(connection, Step, _STEP_COLUMNS, (_step_values(key, recordings, row) for row in batch.rows))
-    else:
-        key = _batch_key(connection, "requests", batch)
-        if isinstance(key, Stored):
-            return key
-        recordings = _recordings(connection, {_request_recording(row) for row in batch.rows})
-        _copy(connection, Request, _REQUEST_COLUMNS, (_request_values(key, recordings, row) for row in batch.rows))
-    return Stored(len(batch.rows), duplicate=False)
+    key = _batch_key(connection, batch)
+    if isinstance(key, Stored):
+        return key
+    batch.copy_rows(connection, key)
+    return Stored(batch.row_count, duplicate=False)
 
 
 RecordingKey = tuple[str, str, str, int, int, str, str]
 """gpu, model, precision, tp, ep, engine, run."""
 
 
-def _batch_key(connection: Connection, rows_of: str, batch: StepBatch | RequestBatch) -> int | Stored:
+def _batch_key(connection: Connection, batch: TelemetryBatch[Any]) -> int | Stored:
     """The key of a new batch, or what was stored of it before."""
     values = {"digest": batch.digest, "received_at": datetime.now(UTC), "stored": len(batch.rows)}
-    key = connection.scalar(
-        _insert_if_new(connection, Batch).values(rows_of=rows_of, batch_id=batch.batch_id, **values).returning(Batch.id)
-    )
+    new = insert_into(connection, Batch).values(rows_of=batch.rows_of, batch_id=batch.batch_id, **values)
+    key = connection.scalar(new.on_conflict_do_nothing().returning(Batch.id))
     if key is not None:
         return int(key)
-    same_id = select(Batch.digest, Batch.stored).where(Batch.rows_of == rows_of, Batch.batch_id == batch.batch_id)
-    digest, stored = connection.execute(same_id).one()
+    same_id = (Batch.rows_of == batch.rows_of) & (Batch.batch_id == batch.batch_id)
+    digest, stored = connection.execute(select(Batch.digest, Batch.stored).where(same_id)).one()
     if digest != batch.digest:
         raise ConflictError(f"batch '{batch.batch_id}' was stored with other content; send this under another id")
     return Stored(stored, duplicate=True)
@@ -121,7 +147,7 @@ def _recordings(connection: Connection, wanted: Iterable[RecordingKey]) -> dict[
         values = dict(zip(_RECORDING_COLUMNS, key, strict=True))
         find = select(Recording.id).filter_by(**values)
         if (found := connection.scalar(find)) is None:
-            connection.execute(_insert_if_new(connection, Recording).values(**values))
+            connection.execute(insert_into(connection, Recording).values(**values).on_conflict_do_nothing())
             found = connection.scalars(find).one()
         ids[key] = found
     return ids
@@ -205,15 +231,19 @@ def _request_values(batch: int, recordings: dict[RecordingKey, int], row: Reques
     )
 
 
+_SAMPLE_SECONDS = ("ttft", "itl", "e2e", "decode_step")
+_SAMPLE_SAME = tuple(name for name in SampleRow.__struct_fields__ if name.removesuffix("_ms") not in _SAMPLE_SECONDS)
+_SAMPLE_COLUMNS = ("batch", *_SAMPLE_SAME, *(f"{name}_s" for name in _SAMPLE_SECONDS))
+_SAMPLE_MS = tuple(f"{name}_ms" for name in _SAMPLE_SECONDS)
+
+
+def _sample_values(batch: int, row: SampleRow) -> tuple[Any, ...]:
+    seconds = (_seconds(getattr(row, name)) for name in _SAMPLE_MS)
+    return batch, *(getattr(row, name) for name in _SAMPLE_SAME), *seconds
+
+
 def _seconds(milliseconds: float | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1e3
-
-
-def _insert_if_new(connection: Connection, table: type[Table]) -> postgresql.Insert | sqlite.Insert:
-    """An insert that leaves a row alone that is there."""
-    if connection.dialect.name == "postgresql":
-        return postgresql.insert(table).on_conflict_do_nothing()
-    return sqlite.insert(table).on_conflict_do_nothing()
 
 
 def _copy(connection: Connection, table: type[Table], columns: Sequence[str], rows: Iterable[tuple[Any, ...]]) -> None:
@@ -339,5 +369,7 @@ def forget(store: Store, *, tenants: Sequence[str] = (), requests: Sequence[str]
             ).rowcount
         total += changed
         if not changed:
+            with store.write() as connection:
+                forget_in_hours(connection, None if everyone else tenants)
             store.shrink_log()
             return total

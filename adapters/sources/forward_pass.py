@@ -1,0 +1,160 @@
+"""Forward-pass metrics, version 1, into steps: what Dynamo's vLLM scheduler, SGLang and Kairos' own plugin send.
+
+One message a step over ZMQ (PUB): an empty topic, a sequence number of 8 bytes, big endian, and a MessagePack map. An
+idle engine sends heartbeats with a wall time of 0. The subscriber sees what it missed by the sequence numbers.
+
+Source: field names, frames and meaning from ai-dynamo 1.6.1, `dynamo.common.forward_pass_metrics`.
+"""
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from kairos.scheduler_core.domain import Profile
+from kairos.scheduler_core.errors import ConfigError
+from kairos.scheduler_core.telemetry import StepRow
+
+if TYPE_CHECKING:
+    pass
+
+VERSION = 1
+_KEPT_MESSAGES = 100_000
+"""That may wait between two looks: half an hour of steps of 20 ms."""
+
+
+class Scheduled(msgspec.Struct, frozen=True, gc=False):
+    """Requests of the step."""
+
+    num_prefill_requests: int = 0
+    sum_prefill_tokens: int = 0
+    sum_prefill_kv_tokens: int = 0
+    num_decode_requests: int = 0
+    sum_decode_kv_tokens: int = 0
+
+
+class ForwardPass(msgspec.Struct, frozen=True, gc=False):
+    """One message, as far as it matters here."""
+
+    version: int = VERSION
+    wall_time: float = 0.0
+    """Seconds; 0: a heartbeat."""
+    scheduled_requests: Scheduled = Scheduled()
+
+
+_decoder = msgspec.msgpack.Decoder(ForwardPass)
+
+
+class Steps:
+    """Makes steps of the messages of one publisher, in their order."""
+
+    def __init__(self, profile: Profile, run: str) -> None:
+        self._profile = profile
+        self._run = run
+        self._sequence: int | None = None
+        self._phase = ""
+        self.counts: Counter[str] = Counter()
+        """missed, unreadable."""
+
+    def step(self, frames: list[bytes]) -> StepRow | None:
+        """The step of a message; None for a heartbeat, and for one that cannot be read (which is counted)."""
+        message = self._read(frames)
+        if message is None:
+            self.counts["unreadable"] += 1
+            self._phase = ""
+            return None
+        scheduled, before = message.scheduled_requests, self._phase
+        self._phase = _phase(message)
+        if message.wall_time <= 0 or self._phase == "idle":
+            return None
+        p = self._profile
+        try:
+            return msgspec.convert(
+                {
+                    **{"gpu": p.gpu, "model": p.model, "precision": p.precision, "tp": p.tp, "ep": p.ep},
+                    **{"engine": p.engine, "run": self._run, "prev_phase": before},
+                    "latency_ms": message.wall_time * 1e3,
+                    "n_requests": scheduled.num_prefill_requests,
+                    "new_tokens": scheduled.sum_prefill_tokens,
+                    "cached_tokens": scheduled.sum_prefill_kv_tokens,
+                    "batch_size": scheduled.num_decode_requests,
+                    "sum_context_tokens": scheduled.sum_decode_kv_tokens,
+                },
+                StepRow,
+            )
+        except msgspec.ValidationError:
+            self.counts["unreadable"] += 1
+            return None
+
+    def _read(self, frames: list[bytes]) -> ForwardPass | None:
+        if len(frames) != 3 or len(frames[1]) != 8:
+            return None
+        sequence = int.from_bytes(frames[1], "big")
+        expected = sequence if self._sequence is None else self._sequence + 1
+        self._sequence = sequence
+        if sequence != expected:  # lower: the publisher began anew
+            self.counts["missed"] += max(0, sequence - expected)
+            self._phase = ""
+        try:
+            message = _decoder.decode(frames[2])
+        except (msgspec.MsgspecError, UnicodeError):
+            return None
+        return message if message.version == VERSION else None
+
+
+def _phase(message: ForwardPass) -> str:
+    """Which of `PHASES` a step was."""
+    prefill, decode = message.scheduled_requests.num_prefill_requests, message.scheduled_requests.num_decode_requests
+    if prefill and decode:
+        return "mixed"
+    return "context" if prefill else "decode" if decode else "idle"
+
+
+class Subscriber:
+    """Hears one publisher; it may come and go.
+
+    Args:
+        address: tcp://HOST:PORT or ipc://PATH.
+        profile: of the engine; messages do not tell it.
+        run: the recording that the steps belong to.
+
+    Raises:
+        ConfigError: the address cannot be.
+    """
+
+    def __init__(self, address: str, profile: Profile, run: str) -> None:
+        import zmq
+
+        self._again = zmq.Again
+        self._steps = Steps(profile, run)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
+        self._socket.set_hwm(_KEPT_MESSAGES)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SUBSCRIBE, b"")
+        self._no_wait = zmq.NOBLOCK
+        try:
+            self._socket.connect(address)
+        except zmq.ZMQError as error:
+            self._socket.close()
+            raise ConfigError(f"forward_pass '{address}': {error}; give tcp://HOST:PORT or ipc://PATH") from None
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Messages that were missed or cannot be read, since the start."""
+        return self._steps.counts
+
+    def steps(self) -> list[StepRow]:
+        """Those since the last call."""
+        rows: list[StepRow] = []
+        for _ in range(_KEPT_MESSAGES):
+            try:
+                frames: Any = self._socket.recv_multipart(self._no_wait)
+            except self._again:
+                break
+            if (row := self._steps.step(frames)) is not None:
+                rows.append(row)
+        return rows
+
+    def close(self) -> None:
+        """Hear no more."""
+        self._socket.close()
