@@ -286,6 +286,7 @@ def _steps(
             prev_phase=phase,
             run=run,
             noisy=noisy,
+            ended_at_s=zero,
         ).take(np.array(rows))
 
 

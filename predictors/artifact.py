@@ -4,6 +4,7 @@ Two lines of text (what it is, and its feature schema), then zlib-compressed Mes
 """
 
 import os
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +63,7 @@ class Predictors:
         if profile_id in self.learned:
             return self.learned[profile_id].profile
         parts = profile_id.split("_")
-        if len(parts) != 6 or not (parts[3].isdigit() and parts[4].isdigit()):
+        if len(parts) != 6 or not all(re.fullmatch("[1-9][0-9]{0,3}", degree) for degree in parts[3:5]):
             raise UnknownProfileError("profile", profile_id, self.profile_ids)
         gpu, model, precision, tp, ep, engine = parts
         return Profile(gpu, model, precision, int(tp), int(ep), engine)
@@ -132,7 +133,19 @@ def parse(content: bytes, name: str) -> Predictors:
         found = schema[:32].decode(errors="replace")
         raise SchemaError(f"model {name} was trained on features {found}, this Kairos makes {SCHEMA_HASH}; retrain it")
     try:
-        learned = msgspec.msgpack.decode(zlib.decompress(body), type=list[ProfileModels])
+        learned = msgspec.msgpack.decode(_unzipped(body), type=list[ProfileModels])
     except (zlib.error, msgspec.MsgspecError) as error:
         raise InputError(f"the model {name} is damaged ({error}); train it again or restore the file") from None
     return Predictors(learned)
+
+
+_MOST_BYTES = 2**28
+"""Of an artifact, unzipped: more is no model, whatever a small file claims."""
+
+
+def _unzipped(body: bytes) -> bytes:
+    unzip = zlib.decompressobj()
+    content = unzip.decompress(body, _MOST_BYTES)
+    if not unzip.eof:
+        raise zlib.error("it is cut short, or too large")
+    return content

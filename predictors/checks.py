@@ -17,7 +17,7 @@ _CONTEXTS = (0, 1, 100, 1000, 5000, 20_000, 100_000, 1_000_000, 50_000_000)
 
 def check_predictor(predictor: StepTimePredictor) -> None:
     """Runs every check; AssertionError names the one that failed."""
-    for check in (quantiles_are_ordered, single_is_batch, the_grid_is_the_prediction):
+    for check in (every_number_is_usable, quantiles_are_ordered, single_is_batch, the_grid_is_the_prediction):
         check(predictor)
     check_step_times(predictor)
 
@@ -26,6 +26,21 @@ def check_step_times(times: StepTimes) -> None:
     """What any `StepTimes` must keep, linear or learned."""
     for check in _STEP_TIMES_CHECKS:
         check(times)
+
+
+def every_number_is_usable(predictor: StepTimePredictor) -> None:
+    """Grids are whole, their nodes ascend, and no number is missing, infinite, or a time below 0."""
+    for model in predictor.models.values():
+        u, v, seconds = (
+            np.array(part, np.float64) for part in (model.surface.u, model.surface.v, model.surface.seconds)
+        )
+        assert seconds.shape == (len(u), len(v)), "a grid with holes"
+        assert (np.diff(u) > 0).all(), "nodes that do not ascend"
+        assert (np.diff(v) > 0).all(), "nodes that do not ascend"
+        rest = [*model.prior.coefficients, *model.line, model.surface.slope_u, model.surface.slope_v]
+        assert np.isfinite([*rest, model.interval.lower, model.interval.upper]).all(), "a number that is none"
+        assert (np.isfinite(seconds) & (seconds > 0)).all(), "a step time that is none"
+        assert 0 < model.interval.lower <= 1 <= model.interval.upper, "an interval beside its median"
 
 
 def quantiles_are_ordered(predictor: StepTimePredictor) -> None:

@@ -37,13 +37,19 @@ def scores(actual_s: FloatArray, predicted_s: FloatArray) -> dict[str, float]:
     return {name: round(float(value), 6) for name, value in figures.items()}
 
 
-def pinball(actual_s: FloatArray, predicted: Prediction) -> float:
-    """Mean pinball loss at the three quantiles of log time (docs/evidence.md)."""
+def pinball_losses(actual_s: FloatArray, predicted: Prediction) -> FloatArray:
+    """Pinball loss of each of n steps (n,), the mean over the three quantiles of log time (docs/evidence.md)."""
     losses = []
     for level, quantile_s in zip((LOWER, 0.5, UPPER), predicted, strict=True):
         above = np.log(actual_s / quantile_s)
-        losses.append(np.maximum(level * above, (level - 1) * above).mean())
-    return round(float(np.mean(losses)), 6)
+        losses.append(np.maximum(level * above, (level - 1) * above))
+    mean: FloatArray = np.mean(losses, axis=0)
+    return mean
+
+
+def pinball(actual_s: FloatArray, predicted: Prediction) -> float:
+    """Mean pinball loss over the steps."""
+    return round(float(pinball_losses(actual_s, predicted).mean()), 6)
 
 
 def _row(steps: Steps, noisy: bool, predicted: Prediction, baselines: Mapping[str, FloatArray], mask: BoolArray) -> Row:

@@ -281,6 +281,11 @@ def _losses(errors: list[FloatArray], weights: list[FloatArray]) -> FloatArray:
     return np.stack([means, [np.median(error) for error in clipped]], axis=1)
 
 
+def load_of(kind: StepKind, x: FloatArray) -> FloatArray:
+    """What makes steps of a kind heavy, (n,): the batch size of decode steps, the tokens of others."""
+    return _uv(kind, x)[0]
+
+
 def _uv(kind: StepKind, x: FloatArray) -> tuple[FloatArray, FloatArray]:
     if kind == "decode":
         return column(x, "batch_size"), column(x, "sum_context_tokens")

@@ -1,11 +1,13 @@
 """How long will a step take: `StepTimePredictor`, the only class others use."""
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
 from kairos.predictors.features import attention_work, step_rows
-from kairos.predictors.step_model import Prediction, StepModel, kind_mask
+from kairos.predictors.online import Corrections, factor_of, scaled_line
+from kairos.predictors.step_model import Prediction, StepModel, kind_mask, load_of
 from kairos.scheduler_core.domain import Line, Part, Profile
 from kairos.scheduler_core.slo import FloatArray
 from kairos.scheduler_core.telemetry import STEP_KINDS, StepKind
@@ -14,11 +16,17 @@ from kairos.scheduler_core.telemetry import STEP_KINDS, StepKind
 class StepTimePredictor:
     """Step times of one profile: quantiles in bulk, and the `StepTimes` that scheduling asks one by one."""
 
-    def __init__(self, profile: Profile, models: Mapping[StepKind, StepModel]) -> None:
+    def __init__(
+        self, profile: Profile, models: Mapping[StepKind, StepModel], corrections: Corrections = MappingProxyType({})
+    ) -> None:
         self.profile = profile
         self.models = {kind: models[kind] for kind in STEP_KINDS}
-        self.prefill_line: Line = models["prefill"].line
-        self.decode_line: Line = models["decode"].line
+        self.corrections = corrections
+        """What was learned since these models began to serve; none: they answer as they are."""
+        self._prefill_factor = factor_of(corrections, "prefill")
+        self._decode_factor = factor_of(corrections, "decode")
+        self.prefill_line: Line = scaled_line(models["prefill"].line, self._prefill_factor)
+        self.decode_line: Line = scaled_line(models["decode"].line, self._decode_factor)
         self._prefill = models["prefill"].surface
         self._decode = models["decode"].surface
         self._further_s = models["prefill"].further_s
@@ -47,6 +55,11 @@ class StepTimePredictor:
             rows = kind_mask(kind, x)
             if rows.any():
                 quantiles[:, rows] = model.predict(x[rows])
+                if kind in self.corrections:
+                    correction = self.corrections[kind]
+                    median_s = correction.median * quantiles[1, rows]
+                    lower, upper = correction.bounds(load_of(kind, x[rows]))
+                    quantiles[:, rows] = median_s * lower, median_s, median_s * upper
         return Prediction(*quantiles)
 
     def predict_step(
@@ -78,7 +91,7 @@ class StepTimePredictor:
         for new, context in parts:
             tokens += new
             work += new * (context + new / 2)
-        seconds = self._prefill.at(tokens, work) + self._further_s * (len(parts) - 1)
+        seconds = self._prefill_factor * (self._prefill.at(tokens, work) + self._further_s * (len(parts) - 1))
         if noise is None:
             return seconds
         a_s, b_s, c_s = self.prefill_line
@@ -95,8 +108,8 @@ class StepTimePredictor:
             seconds += at(new, new * (context_tokens + new / 2))
             new_tokens -= new
             context_tokens += new
-        return seconds
+        return self._prefill_factor * seconds
 
     def decode_step_s(self, batch_size: int, sum_context_tokens: int) -> float:
         """Median seconds of one decode step among others."""
-        return self._decode.at(batch_size, sum_context_tokens)
+        return self._decode_factor * self._decode.at(batch_size, sum_context_tokens)

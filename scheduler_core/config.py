@@ -378,6 +378,19 @@ class AccessSettings(Section):
     """By the name of whoever holds it."""
 
 
+class TrainingSettings(Section):
+    """How step-time models are made from the telemetry in the store, and how they come to serve."""
+
+    promote: Literal["auto", "manual"] = "auto"
+    """Auto: a model that passes the gate serves at once; manual: somebody promotes it."""
+    every_s: Positive | None = 6 * 3600.0
+    """Null: not by the clock."""
+    after_rows: Count | None = 20_000
+    """Steps of a profile since its last training; null: not by their number."""
+    window_steps: Count = 500_000
+    """The newest steps that a training reads, of all profiles together."""
+
+
 class Retention(Section):
     """For how many days what is stored is kept; None: for ever."""
 
@@ -453,6 +466,7 @@ class Settings(Section):
     """Beside the shipped ones."""
     active: str = "kairos"
     service: ServiceSettings = ServiceSettings()
+    training: TrainingSettings = TrainingSettings()
     access: AccessSettings = AccessSettings()
     tracing: TracingSettings = TracingSettings()
     store: StoreSettings | None = None

@@ -59,6 +59,8 @@ class StepRecord(msgspec.Struct, frozen=True, gc=False):
     prev_phase: str = ""
     run: str = ""
     noisy: bool = False
+    ended_at_s: float = 0.0
+    """UTC epoch seconds of its end; 0: not recorded."""
 
 
 class RequestRecord(msgspec.Struct, frozen=True, gc=False):
@@ -109,6 +111,8 @@ class StepRow(msgspec.Struct, frozen=True, gc=False, forbid_unknown_fields=True)
     batch_size: Requests = 0
     sum_context_tokens: SumTokens = 0
     prev_phase: Literal["", "idle", "context", "decode", "mixed"] = ""
+    ended_at_s: Annotated[float, Meta(ge=0, le=10**11)] | None = None
+    """UTC epoch seconds of its end; without it, its arrival here counts."""
     flag: Word = ""
     source: Word = ""
     """This field and those below are in files and taken, but not kept."""
@@ -239,6 +243,8 @@ class Steps:
     run: IntArray
     """Which recording a step is from; equal numbers = the same one."""
     noisy: BoolArray
+    ended_at_s: FloatArray
+    """0 where it was not recorded."""
 
     def __len__(self) -> int:
         return len(self.step_s)
@@ -280,6 +286,7 @@ class Steps:
             np.array([PHASES.index(r.prev_phase) for r in records], np.int64),
             np.unique(np.array([r.run for r in records], np.str_), return_inverse=True)[1].astype(np.int64),
             np.array([r.noisy for r in records], np.bool_),
+            column(r.ended_at_s for r in records),
         )
 
 

@@ -14,8 +14,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text."
 DEFAULT_URL = "http://127.0.0.1:8011"
 
 
-def ask(url: str, key: str | None, method: str, path: str, body: Any = None) -> Any:
-    """The answer of a route.
+def ask(url: str, key: str | None, method: str, path: str, body: Any = None, content: bytes | None = None) -> Any:
+    """The answer of a route to a JSON body, or to bytes.
 
     Raises:
         InputError: the control plane refuses what was asked (status 4xx).
@@ -24,8 +24,12 @@ def ask(url: str, key: str | None, method: str, path: str, body: Any = None) -> 
     import httpx
 
     headers = {"authorization": f"Bearer {key}"} if key else {}
+    if content is not None:
+        headers["content-type"] = "application/octet-stream"
     try:
-        answer = httpx.request(method, f"{url.rstrip('/')}{path}", json=body, headers=headers, timeout=300.0)
+        answer = httpx.request(
+            method, f"{url.rstrip('/')}{path}", json=body, content=content, headers=headers, timeout=300.0
+        )
     except (httpx.HTTPError, httpx.InvalidURL) as problem:
         raise KairosError(f"no control plane answers at {url} ({problem}); start one with kairos serve") from None
     if answer.is_success:

@@ -1,59 +1,78 @@
-"""`kairos train`, `kairos evaluate`, `kairos predict`: how long steps take, learned from telemetry."""
+"""`kairos train | evaluate | predict`: how long steps take. `kairos models`: those of a control plane."""
 
 import json
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import msgspec
 import typer
 
+from kairos.adapters.cli.control import DEFAULT_URL, Json, Key, Url, ask, print_json
 from kairos.adapters.cli.terminal import percent, tracked
-from kairos.scheduler_core.errors import InputError
+from kairos.scheduler_core.errors import InputError, UnknownNameError
 from kairos.scheduler_core.telemetry import StepKind
 
 Telemetry = Annotated[list[Path], typer.Argument(help="CSV, CSV.gz or Parquet files, or folders of them.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 def register(app: typer.Typer) -> None:
-    """Add the three commands."""
+    """Add the commands."""
     app.command()(train)
     app.command()(evaluate)
     app.command()(predict)
+    registry = typer.Typer(no_args_is_help=True, help="The models of a running control plane.")
+    registry.command("list")(list_models)
+    registry.command()(show)
+    registry.command()(promote)
+    registry.command()(rollback)
+    app.add_typer(registry, name="models")
 
 
 def train(
     telemetry: Telemetry,
-    out: Annotated[Path, typer.Option(help="Where to write the model.")] = Path("model.kairos"),
+    out: Annotated[Path | None, typer.Option(help="Where to write the model; default: model.kairos.")] = None,
+    registry: Annotated[
+        str | None, typer.Option(help="Address of a control plane that keeps it as a challenger, instead of a file.")
+    ] = None,
+    key: Key = None,
     as_json: Json = False,
 ) -> None:
     """Fit the predictors of every profile found; print held-back errors against the prior.
 
     Example: kairos train telemetry/ --out model.kairos
     """
-    from kairos.predictors.artifact import save
+    from kairos.predictors.artifact import dump, save
     from kairos.predictors.training import by_profile
     from kairos.predictors.training import train as train_all
 
     read = _read(telemetry)
     learned = list(tracked(train_all(read.steps), len(by_profile(read.steps)), "training"))
-    save(learned, out)
+    if out is None and registry is None:
+        out = Path("model.kairos")
+    if out is not None:
+        save(learned, out)
+    kept = [] if registry is None else ask(registry, key, "POST", "/models", content=dump(learned))["models"]
     models = [(entry.profile.profile_id, model) for entry in learned for model in entry.models.values()]
     if as_json:
         rows = [
             {"profile": name, "kind": m.kind, "source": m.source, **msgspec.structs.asdict(m.held_back)}
             for name, m in models
         ]
-        typer.echo(json.dumps({"model": str(out), "rows": rows, "excluded": read.excluded}, indent=2))
+        told = {"model": None if out is None else str(out), "registered": kept, "rows": rows}
+        print_json(told | {"excluded": read.excluded})
         return
     typer.echo(f"{'median error on held-back operating points':58} {'kind':8} {'kairos':>7} {'prior':>7}  learned from")
     for name, m in models:
         ours, prior = percent(m.held_back.median_ape, 2), percent(m.held_back.prior_median_ape, 2)
         typer.echo(f"{name[-58:]:58} {m.kind:8} {ours:>7} {prior:>7}  {m.source}")
     _say_excluded(read.excluded)
-    typer.echo(f"wrote {out}: {len(learned)} profiles")
+    if out is not None:
+        typer.echo(f"wrote {out}: {len(learned)} profiles")
+    for model_id in kept:
+        typer.echo(f"registered {model_id}; later steps judge it")
 
 
 def evaluate(
@@ -159,6 +178,70 @@ def _queries(lines: Iterable[str]) -> Iterator[Query]:
             yield msgspec.json.decode(line, type=Query)
         except msgspec.MsgspecError as error:
             raise InputError(f"line {number} of stdin: {error}; give {', '.join(Query.__struct_fields__)}") from None
+
+
+Profile = Annotated[str, typer.Argument(help="Id of a profile.")]
+ModelId = Annotated[str, typer.Argument(help="PROFILE_ID@VERSION, as `kairos models list` prints it.")]
+Reason = Annotated[str, typer.Option(help="Why; it is kept.")]
+
+
+def list_models(url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:
+    """Print every model: whether it serves, its age, and what the gate said of it.
+
+    Example: kairos models list --url http://127.0.0.1:8011
+    """
+    told = ask(url, key, "GET", "/models")
+    if as_json:
+        print_json(told)
+        return
+    for model in told["models"]:
+        state = "serving" if model["serving"] else model["state"]
+        typer.echo(f"{model['id']}  {state}, {model['age_s'] / 3600:.1f} h old")
+        for kind, verdict in model["report"].get("gate", {}).items():
+            typer.echo(f"    {kind}: {verdict['sentence']}")
+    for training in told["trainings"]:
+        typer.echo(f"training {training['id']} ({training['cause']}): {training['error'] or training['state']}")
+
+
+def show(model_id: ModelId, url: Url = DEFAULT_URL, key: Key = None, as_json: Json = False) -> None:
+    """Print one model: what it learned from, and each check of the gate with its limit.
+
+    Example: kairos models show h100_llama-70b_fp8_4_1_vllm@3
+    """
+    models = {model["id"]: model for model in ask(url, key, "GET", "/models")["models"]}
+    if model_id not in models:
+        raise UnknownNameError("model", model_id, models)
+    model = models[model_id]
+    if as_json:
+        print_json(model)
+        return
+    state = "serving" if model["serving"] else model["state"]
+    typer.echo(f"{model_id}: {state}, trained {model['trained_at']} on steps up to {model['last_step']}")
+    for kind, source in model["report"].get("sources", {}).items():
+        typer.echo(f"  {kind}: {source}")
+    for kind, verdict in model["report"].get("gate", {}).items():
+        typer.echo(f"  gate, {kind}: {verdict['word']}; {verdict['sentence']}")
+        for name, check in verdict["checks"].items():
+            word = "passed" if check["passed"] else "FAILED"
+            typer.echo(f"    {name:20} {check['value']:10.4g}  limit {check['limit']:<8.4g} {word}")
+
+
+def promote(model_id: ModelId, url: Url = DEFAULT_URL, key: Key = None, reason: Reason = "by hand") -> None:
+    """Let a model serve its profile, whatever the gate says of it.
+
+    Example: kairos models promote h100_llama-70b_fp8_4_1_vllm@3
+    """
+    told = ask(url, key, "POST", f"/models/{quote(model_id, safe='@')}/promote", {"reason": reason})
+    typer.echo(f"{told['profile_id']}: {told['serving']} serves")
+
+
+def rollback(profile_id: Profile, url: Url = DEFAULT_URL, key: Key = None, reason: Reason = "by hand") -> None:
+    """Let the model serve again that served before.
+
+    Example: kairos models rollback h100_llama-70b_fp8_4_1_vllm
+    """
+    told = ask(url, key, "POST", "/models/rollback", {"profile_id": profile_id, "reason": reason})
+    typer.echo(f"{told['profile_id']}: {told['serving'] or 'the configuration'} serves")
 
 
 def _read(paths: list[Path]) -> Any:

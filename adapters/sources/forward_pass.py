@@ -45,7 +45,7 @@ class ForwardPass(msgspec.Struct, frozen=True, gc=False):
 _decoder = msgspec.msgpack.Decoder(ForwardPass)
 
 
-class Steps:
+class StepReader:
     """Makes steps of the messages of one publisher, in their order."""
 
     def __init__(self, profile: Profile, run: str) -> None:
@@ -126,7 +126,7 @@ class Subscriber:
         import zmq
 
         self._again = zmq.Again
-        self._steps = Steps(profile, run)
+        self._reader = StepReader(profile, run)
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.SUB)
         self._socket.set_hwm(_KEPT_MESSAGES)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -141,7 +141,7 @@ class Subscriber:
     @property
     def counts(self) -> Counter[str]:
         """Messages that were missed or cannot be read, since the start."""
-        return self._steps.counts
+        return self._reader.counts
 
     def steps(self) -> list[StepRow]:
         """Those since the last call."""
@@ -151,7 +151,7 @@ class Subscriber:
                 frames: Any = self._socket.recv_multipart(self._no_wait)
             except self._again:
                 break
-            if (row := self._steps.step(frames)) is not None:
+            if (row := self._reader.step(frames)) is not None:
                 rows.append(row)
         return rows
 

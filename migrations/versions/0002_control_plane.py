@@ -29,6 +29,7 @@ def upgrade() -> None:
     op.create_index("ix_requests_arrived_at_s", "requests", ["arrived_at_s"])
     told = sa.text("session IS NOT NULL")
     op.create_index("ix_requests_session", "requests", ["session"], sqlite_where=told, postgresql_where=told)
+    op.add_column("steps", sa.Column("ended_at_s", sa.Double, nullable=False, server_default="0"))
     op.create_table(
         "instance_samples",
         sa.Column("id", key, nullable=False),
@@ -66,6 +67,33 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("hour_at", "slo_class", "tenant", name="pk_request_hours"),
     )
     op.add_column("models", sa.Column("report", sa.JSON))
+    op.add_column("models", sa.Column("state", sa.String(16), nullable=False, server_default="judged"))
+    with op.batch_alter_table("promotions") as promotions:  # SQLite cannot alter in place
+        promotions.alter_column("model", existing_type=sa.Integer, nullable=True)
+        promotions.add_column(sa.Column("rollback", sa.Boolean, nullable=False, server_default=sa.false()))
+    op.create_table(
+        "trainings",
+        sa.Column("id", sa.Integer, nullable=False),
+        sa.Column("cause", sa.String(16), nullable=False),
+        sa.Column("profiles", sa.JSON),
+        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("asked_at", date, nullable=False),
+        sa.Column("ended_at", date),
+        sa.Column("models", sa.JSON),
+        sa.Column("error", sa.String(1024)),
+        sa.PrimaryKeyConstraint("id", name="pk_trainings"),
+    )
+    op.create_index("ix_trainings_state", "trainings", ["state"])
+    op.create_table(
+        "watches",
+        sa.Column("profile_id", sa.String(1600), nullable=False),
+        sa.Column("kind", sa.String(16), nullable=False),
+        sa.Column("last_step", key, nullable=False),
+        sa.Column("correction", sa.JSON, nullable=False),
+        sa.Column("state", sa.LargeBinary, nullable=False),
+        sa.PrimaryKeyConstraint("profile_id", "kind", name="pk_watches"),
+    )
     op.create_table(
         "events",
         sa.Column("id", key, nullable=False),
@@ -170,10 +198,18 @@ def downgrade() -> None:
         op.drop_table(table)
     for table in ("decisions", "leases", "events"):
         op.drop_table(table)
+    op.drop_table("watches")
+    op.drop_table("trainings")
+    op.execute("DELETE FROM promotions WHERE model IS NULL")
+    with op.batch_alter_table("promotions") as promotions:
+        promotions.drop_column("rollback")
+        promotions.alter_column("model", existing_type=sa.Integer, nullable=False)
+    op.drop_column("models", "state")
     for table in ("request_hours", "step_hours", "instance_samples"):
         op.drop_table(table)
     op.drop_column("models", "report")
     op.drop_index("ix_requests_session", "requests")
+    op.drop_column("steps", "ended_at_s")
     op.drop_index("ix_requests_arrived_at_s", "requests")
     for added in ("arrived_at_s", "status", "ttft_target_s", "tpot_target_s", "wait_s", "strategy", "session", "pool"):
         op.drop_column("requests", added)

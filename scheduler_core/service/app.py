@@ -19,6 +19,7 @@ from kairos.scheduler_core.service.bodies import Limits
 from kairos.scheduler_core.service.expiry import Expiry
 from kairos.scheduler_core.service.lifecycle import Lifecycle
 from kairos.scheduler_core.service.live import Live
+from kairos.scheduler_core.service.models.part import ModelsPart
 from kairos.scheduler_core.service.openapi import openapi_of
 from kairos.scheduler_core.service.plane import Database, Part, Plane
 from kairos.scheduler_core.service.problems import on_bug, on_http_error, on_kairos_error, on_unfit_request
@@ -97,6 +98,8 @@ def create_app(settings: Settings, replay: Replay | None = None) -> FastAPI:
 def _parts(plane: Plane) -> list[Part]:
     """Everything beside `/schedule` and telemetry, in the order in which it starts."""
     parts: list[Part] = [Live(plane)]
+    if plane.database:
+        parts.append(ModelsPart(plane, plane.database))
     if plane.database and plane.settings.store:
         parts.append(Expiry(plane.database.store, plane.settings.store.retention, plane.metrics))
     return parts

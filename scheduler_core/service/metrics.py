@@ -102,6 +102,11 @@ class Metrics:
             ["profile"],
             registry=registry,
         )
+        self.models_unreadable = Gauge(
+            "kairos_unreadable_models",
+            "Promoted models that cannot be read; the ones before them serve.",
+            registry=registry,
+        )
         self.drift_alarms = Counter(
             "kairos_drift_alarms", "Alarms of the drift test.", ["profile", "kind"], registry=registry
         )

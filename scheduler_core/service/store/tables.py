@@ -22,6 +22,7 @@ from sqlalchemy import (
     String,
     TypeDecorator,
     UniqueConstraint,
+    false,
     text,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -121,6 +122,8 @@ class Step(Table):
     prev_phase: Mapped[int] = mapped_column(SmallInteger)
     """Place in PHASES."""
     noisy: Mapped[bool]
+    ended_at_s: Mapped[float] = mapped_column(server_default="0")
+    """UTC epoch seconds of its end, or of its arrival here where that was not told; 0: neither was kept."""
 
 
 class Request(Table):
@@ -264,6 +267,8 @@ class Model(Table):
     trained_at: Mapped[datetime] = mapped_column(UtcDate)
     last_step: Mapped[int] = mapped_column(Key)
     """Id of the last step it learned from: later ones may judge it."""
+    state: Mapped[str] = mapped_column(String(16), server_default="judged")
+    """challenger: the gate has not looked at all of it yet; judged; superseded: by a newer challenger before that."""
     report: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     """How it was made and what the gate said of it."""
     artifact: Mapped[bytes] = mapped_column(LargeBinary)
@@ -276,9 +281,45 @@ class Promotion(Table):
 
     generation: Mapped[int] = mapped_column(Key, primary_key=True, autoincrement=False)
     profile_id: Mapped[str] = mapped_column(String(1600))
-    model: Mapped[int] = mapped_column(ForeignKey("models.id"))
+    model: Mapped[int | None] = mapped_column(ForeignKey("models.id"))
+    """Null: none, the step times of the configuration serve."""
+    rollback: Mapped[bool] = mapped_column(server_default=false())
     promoted_at: Mapped[datetime] = mapped_column(UtcDate)
     reason: Mapped[str] = mapped_column(String(1024))
+
+
+class Training(Table):
+    """A training that was asked for, and what became of it."""
+
+    __tablename__ = "trainings"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    cause: Mapped[str] = mapped_column(String(16))
+    """request, schedule, rows, drift."""
+    profiles: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
+    """Their ids; null: all that have telemetry."""
+    state: Mapped[str] = mapped_column(String(16), index=True)
+    """waiting, running, done, failed."""
+    attempts: Mapped[int] = mapped_column(Integer)
+    asked_at: Mapped[datetime] = mapped_column(UtcDate)
+    ended_at: Mapped[datetime | None] = mapped_column(UtcDate)
+    models: Mapped[list[str] | None] = mapped_column(JSON(none_as_null=True))
+    """What it made, as profile_id@version."""
+    error: Mapped[str | None] = mapped_column(String(1024))
+
+
+class Watch(Table):
+    """What the steps of one profile and kind taught about the model that serves them, up to `last_step`."""
+
+    __tablename__ = "watches"
+
+    profile_id: Mapped[str] = mapped_column(String(1600), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(16), primary_key=True)
+    last_step: Mapped[int] = mapped_column(Key)
+    correction: Mapped[dict[str, Any]] = mapped_column(JSON)
+    """Served with every prediction."""
+    state: Mapped[bytes] = mapped_column(LargeBinary)
+    """MessagePack; `service/models/watch.py` says what of."""
 
 
 class Strategy(Table):

@@ -9,7 +9,7 @@ import pytest
 import zmq
 from made_engines import forward_pass
 
-from kairos.adapters.sources.forward_pass import Steps, Subscriber
+from kairos.adapters.sources.forward_pass import StepReader, Subscriber
 from kairos.scheduler_core.domain import Profile
 from kairos.scheduler_core.errors import ConfigError
 from kairos.scheduler_core.telemetry import StepRow
@@ -20,8 +20,8 @@ DECODE = {"num_decode_requests": 8, "sum_decode_kv_tokens": 9000}
 
 
 def steps_of(*messages: list[bytes]) -> tuple[list[StepRow], dict[str, int]]:
-    steps = Steps(PROFILE, "live")
-    return [step for frames in messages if (step := steps.step(frames)) is not None], dict(steps.counts)
+    reader = StepReader(PROFILE, "live")
+    return [step for frames in messages if (step := reader.step(frames)) is not None], dict(reader.counts)
 
 
 def test_a_step_holds_what_the_message_says_under_the_profile_of_the_engine() -> None:

@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, func, insert, select
 
 from kairos.scheduler_core.service.store.tables import Event
 
@@ -29,3 +29,14 @@ def latest_events(connection: Connection, most: int, before: int | None = None) 
     if before is not None:
         query = query.where(Event.id < before)
     return [EventRow(*row) for row in connection.execute(query)]
+
+
+def last_event(connection: Connection) -> int:
+    """The highest id."""
+    return connection.scalar(select(func.max(Event.id))) or 0
+
+
+def events_after(connection: Connection, after: int) -> list[EventRow]:
+    """Those with a higher id, the oldest first."""
+    columns = (Event.id, Event.at, Event.kind, Event.subject, Event.detail)
+    return [EventRow(*row) for row in connection.execute(select(*columns).where(Event.id > after).order_by(Event.id))]

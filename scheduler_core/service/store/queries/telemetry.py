@@ -1,5 +1,6 @@
 """Telemetry: batches in, steps out for training, ids forgotten."""
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,8 @@ class StepBatch(TelemetryBatch[StepRow]):
         """Store the rows under the key of their batch."""
         recordings = _recordings(connection, {_step_recording(row) for row in self.rows})
         _announce_ids(connection)
-        _copy(connection, Step, _STEP_COLUMNS, (_step_values(key, recordings, row) for row in self.rows))
+        now_s = time.time()
+        _copy(connection, Step, _STEP_COLUMNS, (_step_values(key, recordings, row, now_s) for row in self.rows))
 
 
 class RequestBatch(TelemetryBatch[RequestRow]):
@@ -166,13 +168,13 @@ def _request_recording(row: RequestRow) -> RecordingKey:
 
 _STEP_COLUMNS = (
     *("batch", "step_s", "cached_tokens", "sum_context_tokens", "recording", "n_requests", "new_tokens", "batch_size"),
-    *("kind", "prev_phase", "noisy"),
+    *("kind", "prev_phase", "noisy", "ended_at_s"),
 )
 _KIND_PLACE = {kind: place for place, kind in enumerate(STEP_KINDS)}
 _PHASE_PLACE = {phase: place for place, phase in enumerate(PHASES)}
 
 
-def _step_values(batch: int, recordings: dict[RecordingKey, int], row: StepRow) -> tuple[Any, ...]:
+def _step_values(batch: int, recordings: dict[RecordingKey, int], row: StepRow, now_s: float) -> tuple[Any, ...]:
     return (
         batch,
         row.latency_ms / 1e3,
@@ -185,6 +187,7 @@ def _step_values(batch: int, recordings: dict[RecordingKey, int], row: StepRow) 
         _KIND_PLACE[row.step_kind],
         _PHASE_PLACE[row.prev_phase],
         "noisy" in row.flag.split(";"),
+        now_s if row.ended_at_s is None else row.ended_at_s,
     )
 
 
@@ -263,15 +266,19 @@ def _copy(connection: Connection, table: type[Table], columns: Sequence[str], ro
 # -- telemetry out ---------------------------------------------------------------------------------------------------
 
 
-def read_steps(store: Store, after: int = 0, since: datetime | None = None) -> tuple[list[Steps], int]:
+def read_steps(
+    store: Store, after: int = 0, since: datetime | None = None, most: int | None = None
+) -> tuple[list[Steps], int]:
     """All steps with an id above `after`, by profile and kind, in the order they came; and the id to go on from.
 
-    With `since`, only those that were received then or later. Read in short transactions, so that writers never wait
-    for a training; steps of a transaction that runs still are left to the next call. `run` is the recording's id.
+    With `since`, only those that were received then or later; with `most`, only those of the next so many ids. Read in
+    short transactions, so that writers never wait for a training; steps of a transaction that runs still are left to
+    the next call. `run` is the recording's id.
     """
     pages: dict[tuple[int, int], list[FloatArray]] = {}
     with store.read() as connection:
-        last = max(after, _settled_id(connection))
+        settled = _settled_id(connection)
+        last = max(after, settled if most is None else min(settled, after + most))
         wanted = (Step.id <= last) & _received_since(connection, since)
     while True:
         with store.read() as connection:
@@ -334,11 +341,14 @@ def _settled_id(connection: Connection) -> int:
 
 
 _NUMBERS = ("step_s", "n_requests", "new_tokens", "cached_tokens", "batch_size", "sum_context_tokens")
-_STEPS_OUT = (Step.id, Step.recording, Step.kind, Step.prev_phase, Step.noisy, *(getattr(Step, n) for n in _NUMBERS))
+_STEPS_OUT = (
+    *(Step.id, Step.recording, Step.kind, Step.prev_phase, Step.noisy, Step.ended_at_s),
+    *(getattr(Step, name) for name in _NUMBERS),
+)
 
 
 def _steps_of(profile: Profile, kind: StepKind, rows: FloatArray) -> Steps:
-    """Steps from (n, 11) numbers in the order of `_STEPS_OUT`, oldest first."""
+    """Steps from (n, 12) numbers in the order of `_STEPS_OUT`, oldest first."""
     rows = rows[np.argsort(rows[:, 0], kind="stable")]
     columns = {column.key: rows[:, place] for place, column in enumerate(_STEPS_OUT)}
     return Steps(
@@ -348,6 +358,7 @@ def _steps_of(profile: Profile, kind: StepKind, rows: FloatArray) -> Steps:
         prev_phase=columns["prev_phase"].astype(np.int64),
         run=columns["recording"].astype(np.int64),
         noisy=columns["noisy"] > 0,
+        ended_at_s=columns["ended_at_s"],
     )
 
 
