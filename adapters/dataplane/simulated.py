@@ -204,8 +204,7 @@ class SimulatedDataPlane:
         """Let a pool live until `end_s` under the arm of this stretch."""
         simulation, start_s = pool.simulation, self.at_s
         arm = self.arms.of_pool(start_s, pool.number or 0)
-        if simulation.decider.strategy != arm.strategy:
-            simulation.switch(arm.strategy, start_s - self.origin_s)
+        simulation.switch(arm.strategy, start_s - self.origin_s)
         first = simulation.submitted
         simulation.advance(end_s - self.origin_s)
         for row in range(first, simulation.submitted):

@@ -4,6 +4,7 @@ Everything it knows is in the store: after a restart, or on another replica, the
 """
 
 import logging
+import math
 import time
 import uuid
 from collections.abc import Sequence
@@ -53,7 +54,7 @@ class Runner:
         self._thread: Thread | None = None
         self._looked_s: float | None = None
         self._judged: tuple[str, int] | None = None
-        self._listens_since = time.monotonic()
+        self._listens_since = -math.inf
 
     def start(self) -> None:
         """Begin."""
@@ -69,6 +70,7 @@ class Runner:
             self._replays.stop()
 
     def _run(self) -> None:
+        self._listens_since = time.monotonic()
         away = False
         while not self._stopped.wait(TICK_S):
             try:
