@@ -420,6 +420,30 @@ class StoreSettings(Section):
     retention: Retention = Retention()
 
 
+class DecisionSettings(Section):
+    """Which decisions are recorded, where there is a store."""
+
+    sample_share: Annotated[NotNegative, Field(le=1)] = 0.01
+    """Share of requests, by a hash of their id, that are recorded whatever happens to them."""
+    long_wait_s: Positive = 10.0
+    """Requests that wait so long are recorded."""
+    queued_rows: Count = 20_000
+    """Rows that may wait to be stored; beyond, the oldest are dropped and counted."""
+
+
+class ManagedSettings(Section):
+    """The managed form: announced requests and the live fleet, where there is a store."""
+
+    ttl_s: Annotated[Number, Field(gt=0, le=86_400)] = 600.0
+    """A reservation of which nothing was heard for so long expires, unless its announcement says otherwise."""
+    most_reservations: Count = 100_000
+    """Live ones; more is answered 429."""
+    drain_s: NotNegative = 30.0
+    """How long an instance that is removed keeps what it has."""
+    health_every_s: Positive = 2.0
+    """How often instances with an address are asked how they are."""
+
+
 SHIPPED_STRATEGIES: dict[str, dict[str, Any]] = {
     "engine-default": {
         "prefill": "fcfs",
@@ -471,6 +495,8 @@ class Settings(Section):
     tracing: TracingSettings = TracingSettings()
     store: StoreSettings | None = None
     """None: nothing is kept, and there are no routes for telemetry."""
+    decisions: DecisionSettings = DecisionSettings()
+    managed: ManagedSettings = ManagedSettings()
 
     @field_validator("strategies", mode="before")
     @classmethod

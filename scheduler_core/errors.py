@@ -16,6 +16,7 @@ KairosError                      500
       NotSampledError            404  it may have been there, and was not recorded
   StoreError                     503  the database is away, full, or not at a revision this Kairos runs on
   BusyError                      429  a queue is full; says when to come back
+  NotAdmittedError          404,429,503  a request that is not taken; its type is the reason
   PolicyError                    500  a policy answered what cannot be done (the guard catches it)
 """
 
@@ -125,6 +126,16 @@ class BusyError(KairosError):
     def __init__(self, what: str, retry_after_s: int) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(f"{what}; send it again in {retry_after_s} s")
+
+
+class NotAdmittedError(KairosError):
+    """A request that is not taken; coming back helps after `retry_after_s` (None: it does not)."""
+
+    def __init__(self, status: int, reason: str, retry_after_s: int | None) -> None:
+        self.http_status, self.reason, self.retry_after_s = status, reason, retry_after_s
+        self.problem_type = reason
+        again = "" if retry_after_s is None else f"; announce it again in {retry_after_s} s"
+        super().__init__(f"the request is not admitted: {reason}{again}")
 
 
 class PolicyError(KairosError):

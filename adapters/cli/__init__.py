@@ -53,6 +53,7 @@ def commands() -> "typer.Typer":
         db,
         demo,
         experiments,
+        explain,
         keys,
         models,
         policies,
@@ -73,7 +74,8 @@ def commands() -> "typer.Typer":
         pretty_exceptions_enable=False,
     )
     offline = (demo, simulate, models, telemetry, traces, policies, report)
-    for group in (*offline, serve, db, keys, strategies, experiments, rehearse, configuration):
+    online = (serve, explain, db, keys, strategies, experiments, rehearse)
+    for group in (*offline, *online, configuration):
         group.register(app)
     return app
 

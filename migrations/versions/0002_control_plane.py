@@ -139,9 +139,11 @@ def upgrade() -> None:
         sa.Column("tenant", sa.String(256)),
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("expires_at_s", sa.Double, nullable=False),
+        sa.Column("change", key, nullable=False),
         sa.Column("body", sa.JSON, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_reservations"),
         sa.UniqueConstraint("request_id", name="uq_reservations_request_id"),
+        sa.UniqueConstraint("change", name="uq_reservations_change"),
     )
     for indexed in ("tenant", "expires_at_s"):
         op.create_index(f"ix_reservations_{indexed}", "reservations", [indexed])

@@ -16,9 +16,11 @@ from kairos.scheduler_core.replay import Replay
 from kairos.scheduler_core.service.access import Access, Keys
 from kairos.scheduler_core.service.attainment import Outcomes
 from kairos.scheduler_core.service.bodies import Limits
+from kairos.scheduler_core.service.decisions.part import Decisions
 from kairos.scheduler_core.service.expiry import Expiry
 from kairos.scheduler_core.service.lifecycle import Lifecycle
 from kairos.scheduler_core.service.live import Live
+from kairos.scheduler_core.service.managed.part import Managed
 from kairos.scheduler_core.service.models.part import ModelsPart
 from kairos.scheduler_core.service.openapi import openapi_of
 from kairos.scheduler_core.service.plane import Database, Part, Plane
@@ -52,7 +54,8 @@ def create_app(settings: Settings, replay: Replay | None = None) -> FastAPI:
         database.changes.watch("keys", keys.look)
         plane.metrics.database_up.set_function(lambda: not database.changes.away)
     scheduler.watchers += (plane.metrics.note_decision,)
-    parts = _parts(plane)
+    outcomes = Outcomes(plane.metrics, lambda: scheduler.settings.slo.classes)
+    parts = _parts(plane, outcomes)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -68,7 +71,6 @@ def create_app(settings: Settings, replay: Replay | None = None) -> FastAPI:
     )
     app.router.routes.append(schedule_route(scheduler.schedule))
     if database:
-        outcomes = Outcomes(plane.metrics, lambda: scheduler.settings.slo.classes)
         telemetry = telemetry_routes(database.writer, plane.metrics, settings.service.max_body_bytes, outcomes.note)
         app.router.routes.extend(telemetry)
         app.include_router(events_router(database.store), tags=["overview"])
@@ -95,13 +97,16 @@ def create_app(settings: Settings, replay: Replay | None = None) -> FastAPI:
     return app
 
 
-def _parts(plane: Plane) -> list[Part]:
+def _parts(plane: Plane, outcomes: Outcomes) -> list[Part]:
     """Everything beside `/schedule` and telemetry, in the order in which it starts."""
     parts: list[Part] = [Live(plane)]
     if plane.database:
         parts.append(ModelsPart(plane, plane.database))
     if plane.database and plane.settings.store:
         parts.append(Expiry(plane.database.store, plane.settings.store.retention, plane.metrics))
+    if plane.database:
+        decisions = Decisions(plane, plane.database)
+        parts += [decisions, Managed(plane, plane.database, decisions.recorder, outcomes.note)]
     return parts
 
 

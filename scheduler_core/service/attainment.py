@@ -1,6 +1,7 @@
 """Requests that have ended, as metrics: which promises were kept, for whom, and how far predictions were off."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from threading import Lock
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -94,16 +95,21 @@ def _column(values: Iterable[float | None]) -> FloatArray:
 
 
 class Outcomes:
-    """Feeds the metrics; one call at a time."""
+    """Feeds the metrics."""
 
     def __init__(self, metrics: Metrics, slo_classes: Callable[[], Iterable[str]]) -> None:
         """Args: slo_classes: the names of those configured now; requests of another are counted under "other"."""
         self._metrics, self._slo_classes = metrics, slo_classes
+        self._lock = Lock()
         self._tenants: Busiest[str] = Busiest(MOST_TENANTS, self._forget_tenant)
         self._models: Busiest[tuple[str, str]] = Busiest(MOST_MODELS, self._forget_model)
 
     def note(self, rows: Sequence[RequestRow]) -> None:
         """Count requests that were stored."""
+        with self._lock:
+            self._note(rows)
+
+    def _note(self, rows: Sequence[RequestRow]) -> None:
         places: dict[tuple[str, str], list[int]] = {}
         for place, row in enumerate(rows):
             places.setdefault((row.slo_class or "default", row.tenant or NOBODY), []).append(place)

@@ -5,12 +5,12 @@ import time
 import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from threading import Event, Thread
 
 from starlette.routing import BaseRoute
 
 from kairos.scheduler_core.config import Retention
 from kairos.scheduler_core.errors import StoreError
+from kairos.scheduler_core.service.background import Background
 from kairos.scheduler_core.service.metrics import Metrics
 from kairos.scheduler_core.service.store.queries.leases import give_back_lease, take_lease
 from kairos.scheduler_core.service.store.queries.retention import expiring
@@ -31,8 +31,7 @@ class Expiry:
         self._kept = kept
         self._metrics = metrics
         self._holder = uuid.uuid4().hex
-        self._stopped = Event()
-        self._thread: Thread | None = None
+        self._background = Background("kairos-expiry", self._run)
 
     def routes(self) -> Sequence[BaseRoute]:
         """None: it works in the background."""
@@ -40,15 +39,11 @@ class Expiry:
 
     def start(self) -> None:
         """Begin; after `stop`, anew."""
-        self._stopped.clear()
-        self._thread = Thread(target=self._run, name="kairos-expiry", daemon=True)
-        self._thread.start()
+        self._background.start()
 
     def stop(self) -> None:
         """Return once the page in work is done."""
-        self._stopped.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._background.stop()
 
     def _run(self) -> None:
         while True:
@@ -60,7 +55,7 @@ class Expiry:
             except Exception:
                 self._metrics.expiry_failures.inc()
                 _log.exception("old rows stay until the next hour")
-            if self._stopped.wait(EVERY_S):
+            if self._background.stopped.wait(EVERY_S):
                 return
 
     def expire(self) -> None:
@@ -74,8 +69,8 @@ class Expiry:
         began_s = time.monotonic()
         for table, rows in expiring(self._store, self._kept, datetime.now(UTC)):
             self._metrics.expired_rows.labels(table).inc(rows)
-            self._stopped.wait(time.monotonic() - began_s)  # as long as the page took: half the time is others'
-            if self._stopped.is_set() or not self._leads():
+            self._background.stopped.wait(time.monotonic() - began_s)  # half the time is others'
+            if self._background.stopped.is_set() or not self._leads():
                 break
             began_s = time.monotonic()
         with self._store.write() as connection:

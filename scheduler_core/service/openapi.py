@@ -10,6 +10,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
 from kairos.scheduler_core.service.access import rule_for
+from kairos.scheduler_core.service.decisions.explanation import Explanation
 from kairos.scheduler_core.service.experiments.record import Record
 from kairos.scheduler_core.service.experiments.shadow import ShadowRecord
 from kairos.scheduler_core.service.problems import PROBLEM_TYPE, problem_of
@@ -32,7 +33,7 @@ def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
     example = json.loads(files("kairos.scheduler_core.service").joinpath("example.json").read_text("utf-8"))
     of_telemetry = {"steps": (StepsBody, StepRow), "requests": (RequestsBody, RequestRow)}
     of_telemetry |= {"samples": (SamplesBody, SampleRow)}
-    types = [Snapshot, Answer, Problem, TelemetryAnswer, *chain.from_iterable(of_telemetry.values())]
+    types: list[type] = [Snapshot, Answer, Problem, TelemetryAnswer, *chain.from_iterable(of_telemetry.values())]
     schemas, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     snapshot, answer, problem, stored, *bodies = schemas
     document["paths"]["/schedule"] = {
@@ -57,7 +58,7 @@ def openapi_of(app: FastAPI, *, telemetry: bool) -> dict[str, Any]:
     }
     if telemetry:
         components |= msgspec.json.schema_components(
-            [Record, ShadowRecord], ref_template="#/components/schemas/{name}"
+            [Record, ShadowRecord, Explanation], ref_template="#/components/schemas/{name}"
         )[1]
         for name, body, row in zip(of_telemetry, bodies[::2], bodies[1::2], strict=True):
             document["paths"][f"/telemetry/{name}"] = {"post": _telemetry(name, body, row, stored, problem)}

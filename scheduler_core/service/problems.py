@@ -5,16 +5,17 @@ import math
 import re
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
+from fastapi import Path
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
 
-from kairos.scheduler_core.errors import BusyError, FieldsError, KairosError
+from kairos.scheduler_core.errors import BusyError, FieldsError, KairosError, NotAdmittedError
 from kairos.scheduler_core.service.schemas import FieldProblem, Problem
 
 PROBLEM_TYPE = "application/problem+json"
@@ -41,7 +42,8 @@ async def on_kairos_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, KairosError)
     fields = error.problems if isinstance(error, FieldsError) else []
     told = [FieldProblem(path, message) for path, message in fields]
-    headers = {"retry-after": str(error.retry_after_s)} if isinstance(error, BusyError) else None
+    again_s = error.retry_after_s if isinstance(error, BusyError | NotAdmittedError) else None
+    headers = None if again_s is None else {"retry-after": str(again_s)}
     problem = problem_of(error.http_status, str(error), told)
     return problem_response(msgspec.structs.replace(problem, type=error.problem_type), headers)
 
@@ -77,6 +79,11 @@ async def on_unfit_request(request: Request, error: Exception) -> Response:
 def _path(loc: Sequence[int | str]) -> str:
     """Where a field is, without saying of what (a body, a query, a path)."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc[1:]).lstrip(".")
+
+
+RequestIdPath = Annotated[
+    str, Path(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f]+$", description="Of the request.")
+]
 
 
 def problem_responses(**meanings: str) -> dict[int | str, dict[str, Any]]:

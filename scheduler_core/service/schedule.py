@@ -69,7 +69,7 @@ class Scheduler:
         """Take promises, guards, handover and profiles in place of those before; a decision under way keeps its own."""
         self.settings = settings
         self.profiles = profiles
-        self._targets: Targets = {
+        self.targets: Targets = {
             name: (slo_class.ttft_s or NO_TARGET_S, slo_class.tpot_s or NO_TARGET_S)
             for name, slo_class in settings.slo.classes.items()
         }
@@ -85,7 +85,7 @@ class Scheduler:
             FieldsError, TooLargeError, UnknownNameError, ConfigError: the snapshot cannot be used.
         """
         began_s = time.perf_counter()
-        targets = self._targets
+        targets = self.targets
         check_snapshot(snapshot, targets, self.settings.service.max_requests)
         told_s = snapshot.now_s
         strategy = self.strategy(snapshot.strategy)

@@ -160,7 +160,7 @@ def test_live_workers_have_an_address_and_an_engine(tmp_path: Path) -> None:
         (
             "fleet:",
             "guads: {}\nfleet:",
-            "guads: unknown setting. Did you mean 'guards'? Known: access, active, fleet",
+            "guads: unknown setting. Did you mean 'guards'? Known: access, active, decisions",
         ),
         (
             "a_s: 0.01",

@@ -11,7 +11,14 @@ from fastapi import FastAPI
 from service.snapshots import call, decode, prefill, refused, settings_of, snapshot, waits
 
 from kairos.scheduler_core import errors
-from kairos.scheduler_core.errors import BusyError, ConfigError, FieldsError, KairosError, UnknownNameError
+from kairos.scheduler_core.errors import (
+    BusyError,
+    ConfigError,
+    FieldsError,
+    KairosError,
+    NotAdmittedError,
+    UnknownNameError,
+)
 from kairos.scheduler_core.service.access import require_loopback
 from kairos.scheduler_core.service.app import create_app
 from kairos.scheduler_core.service.problems import on_kairos_error
@@ -181,6 +188,8 @@ def made(kind: type[KairosError]) -> KairosError:
         return FieldsError([("waiting[0]", "is wrong")])
     if kind is BusyError:
         return BusyError("a queue is full", 3)
+    if kind is NotAdmittedError:
+        return NotAdmittedError(404, "no_instance_serves_model", None)
     return kind("thing", "nmae", ["name"]) if issubclass(kind, UnknownNameError) else kind("what happened")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
-from schemathesis.checks import negative_data_rejection
+from schemathesis.checks import negative_data_rejection, not_a_server_error
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from service.snapshots import call, settings_of
 
@@ -57,4 +57,7 @@ schema = schemathesis.openapi.from_asgi("/openapi.json", APP, headers=HEADERS)
 def test_whatever_the_schema_allows_or_forbids_is_answered_as_it_says(case: schemathesis.Case[Any]) -> None:
     # fields depend on each other and on what is stored, which a schema cannot say; and rows of telemetry that do not
     # fit do not make the others be refused
-    case.call_and_validate(excluded_checks=[positive_data_acceptance, negative_data_rejection], headers=HEADERS)
+    answer = case.call(headers=HEADERS)
+    stated = [not_a_server_error] if answer.status_code == 503 else []  # a fleet without instances
+    excluded = [positive_data_acceptance, negative_data_rejection, *stated]
+    case.validate_response(answer, excluded_checks=excluded, headers=HEADERS)

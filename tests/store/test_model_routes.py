@@ -17,7 +17,8 @@ from kairos.predictors.training import train
 from kairos.scheduler_core.service.app import create_app
 
 _FOLDER = tempfile.TemporaryDirectory()
-APP = create_app(settings_of(store={"url": f"sqlite:///{_FOLDER.name}/kairos.db"}))
+SETTINGS = settings_of(store={"url": f"sqlite:///{_FOLDER.name}/kairos.db"})
+APP = create_app(SETTINGS)
 ARTIFACT = dump(list(train([prefill_steps(), decode_steps()])))
 BYTES = {"content-type": "application/octet-stream"}
 
@@ -66,6 +67,15 @@ def test_after_a_promotion_decisions_name_the_model_and_after_a_rollback_the_one
 
     assert versions == [first, second, first]
     assert back == first
+
+
+def test_a_new_configuration_leaves_promoted_models_serving() -> None:
+    model_id = upload()
+    promote(model_id)
+    APP.state.lifecycle.reload(lambda: SETTINGS)
+
+    body = {"instances": [{"instance_id": "d", "role": "decode", "profile": ID}]}
+    assert call(APP, "POST", "/schedule", json=body).json()["model_versions"][ID] == model_id
 
 
 def test_the_list_tells_state_and_age_and_what_serves() -> None:

@@ -1,5 +1,6 @@
 """The service on a database as a process, its settings, and its OpenAPI document under schemathesis."""
 
+import os
 import signal
 import subprocess
 import tempfile
@@ -30,7 +31,7 @@ from kairos.scheduler_core.service.store.tables import Step
 
 def on(url: str) -> dict[str, str]:
     """The environment of a service on a database."""
-    return {"KAIROS_STORE__URL": url, "PATH": "/usr/bin:/bin"}
+    return {"KAIROS_STORE__URL": url, "PATH": "/usr/bin:/bin", "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
 
 
 def send(address: str, batch_id: str) -> bool:

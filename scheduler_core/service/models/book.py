@@ -37,6 +37,11 @@ class Book:
         self._last_event: int | None = None
         self.serving = Serving(self._configured, {})
 
+    def configure(self, settings: Settings) -> None:
+        """Take the models of a configuration; the next look lays what was promoted over them."""
+        self._configured = configured_models(settings)
+        self._seen = (-1, -1)
+
     def lost(self) -> str | None:
         """Which promoted models cannot be read, for /readyz."""
         return "; ".join(self.serving.troubles) or None

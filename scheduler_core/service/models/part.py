@@ -19,6 +19,7 @@ class ModelsPart:
         self._trainer = Trainer(database.store, plane.settings)
         database.changes.watch("models", self._book.look)
         plane.state.lost.append(self._book.lost)
+        plane.state.on_reload.append(self._book.configure)
 
     def routes(self) -> Sequence[BaseRoute]:
         """Lifecycle and predictions."""

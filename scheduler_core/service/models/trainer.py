@@ -6,12 +6,12 @@ import subprocess
 import sys
 import time
 import uuid
-from threading import Event, Thread
 
 import msgspec
 
 from kairos.scheduler_core.config import Settings
 from kairos.scheduler_core.errors import StoreError
+from kairos.scheduler_core.service.background import Background
 from kairos.scheduler_core.service.models.lifecycle import LEASE, LEASE_S
 from kairos.scheduler_core.service.models.worker import Order
 from kairos.scheduler_core.service.store.queries import models as queries
@@ -34,31 +34,28 @@ class Trainer:
         self._store, self._settings = store, settings
         self._holder = uuid.uuid4().hex
         self._process: subprocess.Popen[bytes] | None = None
-        self._stopped = Event()
-        self._thread: Thread | None = None
+        self._background = Background("kairos-trainer", self._run)
         self._renew_s = self._start_s = 0.0
         """When the lease is due again, and before when no process is started; of the monotonic clock."""
 
     def start(self) -> None:
         """Begin."""
-        self._thread = Thread(target=self._run, name="kairos-trainer", daemon=True)
-        self._thread.start()
+        self._background.start()
 
     def stop(self) -> None:
         """End the training process, whatever it does: it leaves nothing half-made, and the next one goes on."""
-        self._stopped.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._background.stop()
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+            self._process = None
             try:
                 self._give_back()
             except StoreError as error:
                 _log.warning("the lease of the trainer runs out by itself: %s", error)
 
     def _run(self) -> None:
-        while not self._stopped.wait(POLL_S):
+        while not self._background.stopped.wait(POLL_S):
             try:
                 self._look()
             except StoreError:  # the database is away, which /readyz says; the process ends by itself

@@ -8,13 +8,13 @@ service: it looks every `POLL_S`, and at once where that service wrote itself (`
 import logging
 import time
 from collections.abc import Callable
-from threading import Event, Thread
 from typing import Any, Literal
 
 import psycopg
 from sqlalchemy import Connection, text
 
 from kairos.scheduler_core.errors import StoreError
+from kairos.scheduler_core.service.background import Background
 from kairos.scheduler_core.service.store.session import Store
 
 _log = logging.getLogger(__name__)
@@ -37,8 +37,7 @@ class Changes:
     def __init__(self, store: Store) -> None:
         self._store = store
         self._watchers: dict[Topic, list[Callable[[], None]]] = {}
-        self._stopped = Event()
-        self._thread: Thread | None = None
+        self._background = Background("kairos-changes", self._run)
         self.failed_looks = 0
         """Since the start; each is tried again within `POLL_S`."""
         self.away = False
@@ -60,19 +59,16 @@ class Changes:
     def start(self) -> None:
         """Begin, with a look at everything."""
         self._look_all()
-        self._thread = Thread(target=self._run, name="kairos-changes", daemon=True)
-        self._thread.start()
+        self._background.start()
 
     def stop(self) -> None:
         """Return once no watcher runs any more."""
-        self._stopped.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._background.stop()
 
     def _run(self) -> None:
-        while not self._stopped.is_set():
+        while not self._background.stopped.is_set():
             if self._store.embedded:
-                self._stopped.wait(POLL_S)
+                self._background.stopped.wait(POLL_S)
                 self._look_all()
                 continue
             try:
@@ -81,11 +77,11 @@ class Changes:
                     self._listen(connection)
             except (StoreError, psycopg.Error) as error:
                 self._note(error)
-                self._stopped.wait(POLL_S)
+                self._background.stopped.wait(POLL_S)
 
     def _listen(self, connection: "psycopg.Connection[Any]") -> None:
         due_s = time.monotonic()
-        while not self._stopped.is_set():
+        while not self._background.stopped.is_set():
             wait_s = due_s - time.monotonic()
             if wait_s <= 0:
                 self._look_all()

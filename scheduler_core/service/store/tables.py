@@ -397,7 +397,7 @@ class Instance(Table):
     body: Mapped[dict[str, Any]] = mapped_column(JSON)
     """Role, profile, capacities, address."""
     state: Mapped[str] = mapped_column(String(16))
-    """new, active, draining, gone."""
+    """active, draining, or gone: one of the configuration that was removed."""
     changed_at: Mapped[datetime] = mapped_column(UtcDate)
 
 
@@ -412,8 +412,10 @@ class Reservation(Table):
     state: Mapped[str] = mapped_column(String(16))
     expires_at_s: Mapped[float] = mapped_column(index=True)
     """UTC epoch seconds."""
+    change: Mapped[int] = mapped_column(Key, unique=True)
+    """Rises with every change of any reservation, in the order of commits."""
     body: Mapped[dict[str, Any]] = mapped_column(JSON)
-    """The request as announced, what was decided, and what was reported of it."""
+    """What was settled at its announcement, and what was reported of it."""
 
 
 class ApiKey(Table):

@@ -12,6 +12,8 @@ from sqlalchemy import ColumnElement, Connection, false, func, or_, select, text
 
 from kairos.scheduler_core.domain import Profile
 from kairos.scheduler_core.errors import ConflictError
+from kairos.scheduler_core.service.store.queries.decisions import forget_decisions
+from kairos.scheduler_core.service.store.queries.reservations import forget_reservations
 from kairos.scheduler_core.service.store.queries.retention import forget_in_hours
 from kairos.scheduler_core.service.store.queries.upsert import insert_into
 from kairos.scheduler_core.service.store.session import Store
@@ -365,9 +367,12 @@ def _steps_of(profile: Profile, kind: StepKind, rows: FloatArray) -> Steps:
 def forget(store: Store, *, tenants: Sequence[str] = (), requests: Sequence[str] = (), everyone: bool = False) -> int:
     """Delete tenant and request ids of the requests of these tenants, of these requests, or of all; how many rows.
 
+    Those of decisions and of reservations that have ended go too.
     What is left tells lengths and times and of whom no longer. SQLite overwrites what it deletes; PostgreSQL does with
     its next vacuum.
     """
+    forget_decisions(store, tenants=tenants, requests=requests, everyone=everyone)
+    forget_reservations(store, tenants=tenants, requests=requests, everyone=everyone)
     named: ColumnElement[bool] = or_(Request.tenant.in_(tenants), Request.request_id.in_(requests))
     if everyone:
         named = or_(Request.tenant.is_not(None), Request.request_id.is_not(None))

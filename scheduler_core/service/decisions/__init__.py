@@ -1,0 +1,1 @@
+"""Decisions as they were made: recorded beside the answers, and told again in plain words."""
