@@ -25,8 +25,9 @@ def served(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    here = {"PYTHONPATH": str(ROOT / "src"), "KAIROS_SERVICE__DRAIN_NOTICE_S": "0"}
-    environment = here | dict(os.environ if environment is None else environment)
+    sources = {"PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])}
+    at_once = {"KAIROS_SERVICE__DRAIN_NOTICE_S": "0"}
+    environment = at_once | dict(os.environ if environment is None else environment) | sources
     process = subprocess.Popen(
         [*PROGRAM, str(config), "--port", str(port)], stderr=subprocess.PIPE, text=True, env=environment
     )

@@ -75,3 +75,4 @@ def test_the_results_page_says_what_the_results_files_say() -> None:
     tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
 
     assert (ROOT / "docs" / "results.md").read_text() == tables["page"]()
+    assert (ROOT / "docs" / "statistics.md").read_text() == tables["statistics_page"]()

@@ -59,6 +59,7 @@ def commands() -> "typer.Typer":
         keys,
         models,
         policies,
+        rehearse,
         report,
         serve,
         simulate,
@@ -76,7 +77,8 @@ def commands() -> "typer.Typer":
         pretty_exceptions_enable=False,
     )
     offline = (demo, simulate, models, telemetry, traces, policies, report)
-    for group in (*offline, serve, gateway, worker, explain, db, keys, strategies, experiments, configuration, doctor):
+    online = (serve, gateway, worker, explain, doctor, db, keys, strategies, experiments, rehearse)
+    for group in (*offline, *online, configuration):
         group.register(app)
     return app
 

@@ -20,6 +20,7 @@ def serve(
 
     Example: kairos serve --config examples/kairos.yaml --port 8011
     """
+    from kairos.adapters.simulator.replay import replay_on
     from kairos.scheduler_core.config import load_settings
     from kairos.scheduler_core.service.app import create_app
     from kairos.scheduler_core.service.logging import configure_logging
@@ -29,4 +30,4 @@ def serve(
     configure_logging(settings.service.log_format)
     told = {"host": host, "port": port}
     service = settings.service.model_copy(update={name: value for name, value in told.items() if value is not None})
-    run_server(create_app(settings), service, lambda: load_settings(config))
+    run_server(create_app(settings, replay_on(settings)), service, lambda: load_settings(config))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import msgspec
 
 from kairos.scheduler_core.errors import InputError
-from kairos.scheduler_core.experiment import Schedule, Slot, read_schedule
+from kairos.scheduler_core.experiment import Schedule, read_schedule
 from kairos.scheduler_core.strategy import PolicyChoice, Strategy
 
 SESSIONS = 100_000
@@ -104,7 +104,8 @@ class Arms:
         self._key = key
         self._generation = -1
         self._heard_s = float("-inf")
-        self._running: Running | None = None
+        self.known: Running | None = None
+        """The experiment of the answer in force, whether or not the control plane is still heard."""
         self._sessions: OrderedDict[str, bool] = OrderedDict()
         self.refused = 0
         """Answers whose experiment or strategy could not be used."""
@@ -129,17 +130,17 @@ class Arms:
 
     def _take_part(self, active: Active) -> None:
         experiment = active.experiment
-        if experiment is None or self._running is None or experiment.id != self._running.experiment.id:
-            self._running = None
+        if experiment is None or self.known is None or experiment.id != self.known.experiment.id:
+            self.known = None
             self._sessions.clear()
-        if experiment is None or (self._running and experiment.schedule == self._running.experiment.schedule):
+        if experiment is None or (self.known and experiment.schedule == self.known.experiment.schedule):
             return
-        self._running = None
+        self.known = None
         schedule = read_schedule(experiment.schedule.encode(), self._key)
         said = (schedule.experiment_id, schedule.champion, schedule.challenger)
         if said != (experiment.id, active.known_as, experiment.challenger.known_as):
             raise InputError(f"the schedule is of {said}, not of {experiment.id}; the champion runs alone")
-        self._running = Running(experiment, schedule, Arm(experiment.challenger.strategy(), True))
+        self.known = Running(experiment, schedule, Arm(experiment.challenger.strategy(), True))
 
     @property
     def generation(self) -> int:
@@ -152,15 +153,12 @@ class Arms:
         None without one, and when the control plane has been away for longer than a block: whoever is not heard cannot
         stop a harmful challenger.
         """
-        running = self._running
-        if running is None or now_s - self._heard_s > running.experiment.lengths.block_s:
-            return None
-        return running
+        return self.known if now_s <= self.trusted_until_s else None
 
-    def slot_at(self, now_s: float) -> Slot | None:
-        """The slot that this time lies in."""
-        running = self.running(now_s)
-        return running.schedule.slot_at(now_s) if running else None
+    @property
+    def trusted_until_s(self) -> float:
+        """When the champion runs alone unless the control plane is heard again: a block after it was."""
+        return self._heard_s + (self.known.experiment.lengths.block_s if self.known else 0.0)
 
     def of_pool(self, now_s: float, pool: int = 0) -> Arm:
         """What orders, places and batches now: in the whole fleet, or in a pool (0 or 1)."""

@@ -2,9 +2,11 @@
 
 import numpy as np
 
-from kairos.adapters.simulator.fleet import SimulatedFleet
+from kairos.adapters.simulator.fleet import SimulatedFleet, build_fleet
 from kairos.adapters.simulator.run import Knobs, simulate
 from kairos.adapters.simulator.tables import Workload
+from kairos.predictors.profiles import step_times_of
+from kairos.scheduler_core.config import Settings
 from kairos.scheduler_core.replay import Arrivals, Replayed
 from kairos.scheduler_core.strategy import Strategy
 
@@ -25,6 +27,17 @@ class SimulatedReplay:
         requests = simulate(_workload(arrivals), self._fleet, strategy, self._knobs).requests
         wait_s = requests.prefill_start_s - arrivals.arrival_s
         return Replayed(requests.slo_met, np.where(np.isnan(wait_s), np.inf, wait_s))
+
+
+def replay_on(settings: Settings) -> SimulatedReplay | None:
+    """The replay on a configuration's fleet; None where it has no prefill or no decode instance.
+
+    Raises:
+        ConfigError: step times of the fleet cannot be loaded.
+    """
+    if not settings.fleet.prefill or not settings.fleet.decode:
+        return None
+    return SimulatedReplay(build_fleet(settings, step_times_of), settings.guards.deferred_share)
 
 
 def _workload(arrivals: Arrivals) -> Workload:

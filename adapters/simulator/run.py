@@ -186,11 +186,14 @@ class Simulation:
         """Let another strategy decide from now on, over all that waits, with its true arrival times.
 
         Running steps and begun prompts go on, requests keep their decode instance, guards keep what they owe. Those not
-        begun are placed anew, in arrival order, where the placement is another.
+        begun are placed anew, in arrival order, where the placement is another. The strategy that decides already keeps
+        its memory.
 
         Raises:
             UnknownPolicyError, ConfigError: the strategy cannot be built; the old one goes on.
         """
+        if strategy == self.decider.strategy:
+            return
         before, self.decider = self.decider, Decider(strategy, self.knobs.deferred_share)
         self.decider.validity.fallbacks = before.validity.fallbacks
         for run in self.decode:

@@ -81,7 +81,7 @@ def test_with_json_the_same_figures_and_decisions_are_in_the_one_thing_printed(s
 def test_no_service_is_left_running(shown: Shown) -> None:
     log = (shown.out / "serve.log").read_text()
 
-    assert "Finished server process" in log or "Shutting down" in log
+    assert '"the service ends"' in log
 
 
 @pytest.mark.parametrize("named", [None, "no-such-folder"])

@@ -56,6 +56,16 @@ def test_a_switch_to_the_same_policies_under_another_name_changes_nothing(
     )
 
 
+def test_a_switch_to_the_strategy_that_decides_already_keeps_its_memory() -> None:
+    # By turns: the third request goes to the first instance again, whatever was said in between.
+    submitted = workload([0.0, 1.0, 2.0], [100, 100, 100])
+    by_turns = parse_strategy("fcfs+round-robin+least-requests+continuous")
+
+    run = simulate(submitted, fleet(prefill=2), by_turns, GUARD_OFF, [(0.5, by_turns), (1.5, by_turns)])
+
+    assert run.requests.prefill_instance.tolist() == [0, 1, 0]
+
+
 def test_the_new_strategy_orders_what_waits_by_its_own_rule_and_waits_count_from_the_true_arrival() -> None:
     # 5 s of work from 0; 3 s wait since 1 and 1 s since 2. Shortest first from 3 on: at 5 the last, at 6 the second.
     submitted = workload([0.0, 1.0, 2.0], [5_000, 3_000, 1_000])

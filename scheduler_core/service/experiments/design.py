@@ -187,13 +187,13 @@ def draw_schedule(plan: Plan, generation: int, start_s: float, from_s: float) ->
 
     Whoever draws it, and from whenever, a time and a pair have the same arm.
     """
-    until_s = min(from_s + SCHEDULE_S, start_s + plan.max_hours * 3600.0)
-    slots = slots_between(plan, start_s, from_s, until_s)
+    slots = slots_between(plan, start_s, from_s, from_s + SCHEDULE_S)
     return Schedule(plan.id, plan.seed, plan.champion, plan.challenger, generation, tuple(slots))
 
 
 def slots_between(plan: Plan, start_s: float, from_s: float, until_s: float) -> list[Slot]:
-    """The slots that begin before `until_s` and end after `from_s`, in order."""
+    """The slots of an experiment, to its end, that begin before `until_s` and end after `from_s`, in order."""
+    until_s = min(until_s, start_s + plan.max_hours * 3600.0)
     begun = takewhile(lambda slot: slot.start_s < until_s, _slots(plan, start_s))
     return [slot for slot in begun if slot.end_s > from_s]
 
@@ -245,10 +245,8 @@ def counted(arrival_s: FloatArray, slot: Slot, lengths: Lengths) -> BoolArray:
 def closed_pairs(plan: Plan, start_s: float, now_s: float) -> list[tuple[Slot, ...]]:
     """The slots of each pair whose outcome is fully known, in order; requests that end early are the lucky ones."""
     pairs: dict[int, list[Slot]] = {}
-    for slot in _slots(plan, start_s):
-        if slot.end_s + plan.lengths.settle_s > now_s:
-            break
-        if slot.pair is not None:
+    for slot in slots_between(plan, start_s, start_s, now_s - plan.lengths.settle_s):
+        if slot.pair is not None and slot.end_s + plan.lengths.settle_s <= now_s:
             pairs.setdefault(slot.pair, []).append(slot)
     whole = 2 if plan.design == "switchback" else 1
     return [tuple(slots) for slots in pairs.values() if len(slots) == whole]

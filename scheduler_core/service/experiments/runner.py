@@ -4,6 +4,8 @@ Everything it knows is in the store: after a restart, or on another replica, the
 """
 
 import logging
+import math
+import time
 import uuid
 from collections.abc import Sequence
 from threading import Event, Thread
@@ -52,6 +54,7 @@ class Runner:
         self._thread: Thread | None = None
         self._looked_s: float | None = None
         self._judged: tuple[str, int] | None = None
+        self._listens_since = -math.inf
 
     def start(self) -> None:
         """Begin."""
@@ -67,12 +70,14 @@ class Runner:
             self._replays.stop()
 
     def _run(self) -> None:
+        self._listens_since = time.monotonic()
         away = False
         while not self._stopped.wait(TICK_S):
             try:
                 self.tick()
                 away = False
             except StoreError as error:
+                self._listens_since = time.monotonic()
                 if not away:
                     _log.warning("experiments wait until the database answers again: %s", error)
                 away = True
@@ -113,7 +118,12 @@ class Runner:
     # -- pairs
 
     def _close(self, running: Running, now_s: float) -> None:
-        """Store every pair whose blocks have closed since."""
+        """Store every pair whose blocks have closed since.
+
+        None right after a start or an outage: what data planes could not deliver meanwhile is on its way.
+        """
+        if time.monotonic() - self._listens_since < ARRIVAL_LAG_S:
+            return
         plan, start_s, settled_s = running.plan, running.stored.started_at_s, now_s - self._lag_s()
         closed: dict[queries.PairKind, tuple[Plan, list[tuple[Slot, ...]]]] = {
             "live": (plan, closed_pairs(plan, start_s, settled_s)),
