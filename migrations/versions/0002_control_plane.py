@@ -168,7 +168,7 @@ def upgrade() -> None:
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("started_at_s", sa.Double, nullable=False),
         sa.Column("generation", key, nullable=False),
-        sa.Column("key", sa.LargeBinary(32)),
+        sa.Column("key", sa.LargeBinary, nullable=False),
         sa.Column("ended_at", date),
         sa.Column("record", sa.JSON),
         sa.PrimaryKeyConstraint("id", name="pk_experiments"),

@@ -33,7 +33,9 @@ class Live:
                 plane, plane.database, self.strategies, clock or Clock(plane.settings.service.clock_scale)
             )
             self.shadow = Shadow(self.experiments)
-            self.runner = Runner(self.experiments, ReplayProcess(plane.replay) if plane.replay else None)
+            self.runner = Runner(
+                self.experiments, ReplayProcess(plane.replay, plane.metrics.replays_failed) if plane.replay else None
+            )
 
     def routes(self) -> Sequence[BaseRoute]:
         """Its routes."""

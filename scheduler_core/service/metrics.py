@@ -114,6 +114,15 @@ class Metrics:
             "kairos_experiment_log_e", "Evidence of the running experiment.", ["side"], registry=registry
         )
 
+        self.replays_failed = Counter(
+            "kairos_failed_replays",
+            "Replays of an experiment without an answer.",
+            registry=registry,
+        )
+        self.shadow_left_out = Counter(
+            "kairos_shadow_left_out_decisions", "Sampled decisions that the shadow did not look at.", registry=registry
+        )
+
     def note_decision(self, decided: Decided) -> None:
         """Count what one answer says."""
         self.decision_s.observe(decided.decision_s)

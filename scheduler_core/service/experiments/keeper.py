@@ -93,14 +93,9 @@ class Experiments:
         shadow = next((stored for stored in found if stored.design == "shadow"), None)
         self.shadow = RunningShadow(shadow, msgspec.convert(shadow.plan, ShadowPlan)) if shadow else None
 
-    def key(self, stored: StoredExperiment) -> bytes:
-        """What schedules of an experiment are signed with."""
-        configured = self.plane.settings.service.schedule_key
-        return stored.key or (configured.get_secret_value().encode() if configured else b"")
-
     def signed(self, running: Running) -> tuple[str, str]:
         """The schedule of an experiment as a data plane gets it, and which key signed it."""
-        key = self.key(running.stored)
+        key = running.stored.key
         return running.schedule(self.clock.now_s(), key), hashlib.sha256(key).hexdigest()[:16]
 
     # -- changes
@@ -130,7 +125,7 @@ class Experiments:
                 plan=msgspec.to_builtins(msgspec.structs.replace(plan, id=experiment_id)),
                 started_at_s=float(round(self.clock.in_s(LEAD_S))),
                 generation=active.generation,
-                key=None if configured else secrets.token_bytes(32),
+                key=configured.get_secret_value().encode() if configured else secrets.token_bytes(32),
                 ended_at=None,
                 record=None,
             )

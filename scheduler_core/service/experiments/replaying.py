@@ -6,6 +6,8 @@ import os
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
+from prometheus_client import Counter
+
 from kairos.scheduler_core.replay import Arrivals, Replay, Replayed
 from kairos.scheduler_core.strategy import Strategy
 
@@ -18,11 +20,10 @@ NICE = 10
 class ReplayProcess:
     """A process that lives from the first replay to `stop`, and ends with this one. For one thread at a time."""
 
-    def __init__(self, replay: Replay) -> None:
+    def __init__(self, replay: Replay, failures: Counter) -> None:
         self._replay = replay
+        self._failures = failures
         self._running: tuple[SpawnProcess, Connection] | None = None
-        self.failures = 0
-        """Replays without an answer since the start; what they were for goes on without them."""
 
     def run(self, strategy: Strategy, arrivals: Arrivals) -> Replayed | None:
         """What became of the arrivals; None: the process died, or took too long."""
@@ -44,7 +45,7 @@ class ReplayProcess:
         except (OSError, EOFError) as error:
             _log.warning("the process for replays ended (%s); the next replay starts another", error)
             self.stop()
-        self.failures += 1
+        self._failures.inc()
         return None
 
     def stop(self) -> None:

@@ -8,7 +8,6 @@ import math
 import time
 import uuid
 from collections.abc import Sequence
-from threading import Event, Thread
 
 import msgspec
 from sqlalchemy import Connection
@@ -16,6 +15,7 @@ from sqlalchemy import Connection
 from kairos.scheduler_core.errors import StoreError
 from kairos.scheduler_core.experiment import Schedule, Slot
 from kairos.scheduler_core.replay import Arrivals, Replayed
+from kairos.scheduler_core.service.background import Background
 from kairos.scheduler_core.service.experiments.design import (
     SHORTEST_BLOCK_S,
     Plan,
@@ -50,29 +50,25 @@ class Runner:
     def __init__(self, experiments: Experiments, replays: ReplayProcess | None) -> None:
         self.experiments, self._replays = experiments, replays
         self._holder = uuid.uuid4().hex
-        self._stopped = Event()
-        self._thread: Thread | None = None
+        self._background = Background("kairos-experiments", self._run)
         self._looked_s: float | None = None
         self._judged: tuple[str, int] | None = None
         self._listens_since = -math.inf
 
     def start(self) -> None:
         """Begin."""
-        self._thread = Thread(target=self._run, name="kairos-experiments", daemon=True)
-        self._thread.start()
+        self._background.start()
 
     def stop(self) -> None:
         """Return once nothing runs any more, and others may go on at once."""
-        self._stopped.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._background.stop()
         if self._replays is not None:
             self._replays.stop()
 
     def _run(self) -> None:
         self._listens_since = time.monotonic()
         away = False
-        while not self._stopped.wait(TICK_S):
+        while not self._background.stopped.wait(TICK_S):
             try:
                 self.tick()
                 away = False
@@ -135,7 +131,7 @@ class Runner:
             for slots in pairs:
                 if slots[0].pair in kept:
                     continue
-                if self._stopped.is_set() or not self._holds():
+                if self._background.stopped.is_set() or not self._holds():
                     return
                 self._observe(running, kind, of, slots)
 
@@ -184,7 +180,7 @@ class Runner:
             start_s = stored.started_at_s + i * SHORTEST_BLOCK_S
             if start_s in kept:
                 continue
-            if self._stopped.is_set() or not self._holds():
+            if self._background.stopped.is_set() or not self._holds():
                 return
             earlier_s = start_s - SHORTEST_BLOCK_S
             requests = queries.read_outcomes(database.store, earlier_s, start_s + SHORTEST_BLOCK_S)

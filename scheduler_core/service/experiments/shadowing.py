@@ -5,13 +5,13 @@ import logging
 import zlib
 from collections.abc import Sequence
 from queue import Empty, Full, Queue
-from threading import Event, Thread
 
 import msgspec
 
 from kairos.predictors.step_time import StepTimePredictor
 from kairos.scheduler_core.domain import Line, Part, StepTimes
 from kairos.scheduler_core.errors import KairosError
+from kairos.scheduler_core.service.background import Background
 from kairos.scheduler_core.service.experiments.keeper import Experiments
 from kairos.scheduler_core.service.experiments.shadow import Sample, ShadowPlan, compared, on_time
 from kairos.scheduler_core.service.schedule import Decided, Scheduler
@@ -32,10 +32,8 @@ class Shadow:
     def __init__(self, experiments: Experiments) -> None:
         self.experiments = experiments
         self._queue: Queue[Decided] = Queue(WAITING_SAMPLES)
-        self._stopped = Event()
-        self._thread: Thread | None = None
-        self.left_out = 0
-        """Sampled decisions that were not looked at."""
+        self._background = Background("kairos-shadow", self._run)
+        self._left_out = experiments.plane.metrics.shadow_left_out
         scheduler = experiments.plane.scheduler
         scheduler.watchers = (*scheduler.watchers, self.watch)
 
@@ -49,21 +47,18 @@ class Shadow:
         try:
             self._queue.put_nowait(decided)
         except Full:
-            self.left_out += 1
+            self._left_out.inc()
 
     def start(self) -> None:
         """Begin."""
-        self._thread = Thread(target=self._run, name="kairos-shadow", daemon=True)
-        self._thread.start()
+        self._background.start()
 
     def stop(self) -> None:
         """Return once nothing runs any more."""
-        self._stopped.set()
-        if self._thread is not None:
-            self._thread.join()
+        self._background.stop()
 
     def _run(self) -> None:
-        while not self._stopped.is_set():
+        while not self._background.stopped.is_set():
             try:
                 decided = self._queue.get(timeout=0.5)
             except Empty:
@@ -71,10 +66,10 @@ class Shadow:
             try:
                 self.look(decided)
             except KairosError as error:
-                self.left_out += 1
+                self._left_out.inc()
                 _log.warning("a decision was not looked at in the shadow: %s", error)
             except Exception:
-                self.left_out += 1
+                self._left_out.inc()
                 _log.exception("a decision could not be looked at in the shadow")
 
     def look(self, decided: Decided) -> None:

@@ -447,7 +447,7 @@ class Experiment(Table):
     """UTC epoch seconds: the beginning of its first slot."""
     generation: Mapped[int] = mapped_column(Key)
     """Of the active strategy at its start; after its end, of the champion put back."""
-    key: Mapped[bytes | None] = mapped_column(LargeBinary(32))
+    key: Mapped[bytes] = mapped_column(LargeBinary)
     """What its schedules are signed with; null: the key of the configuration."""
     ended_at: Mapped[datetime | None] = mapped_column(UtcDate)
     record: Mapped[dict[str, Any] | None] = mapped_column(JSON)

@@ -29,8 +29,8 @@ class StoredExperiment(NamedTuple):
     started_at_s: float
     """On the clock of experiments."""
     generation: int
-    key: bytes | None
-    """What its schedules are signed with; None: the key of the configuration."""
+    key: bytes
+    """What its schedules are signed with, whatever the configuration says later."""
     ended_at: datetime | None
     record: dict[str, Any] | None
 
