@@ -35,7 +35,8 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import SecretStr
 
-from kairos.scheduler_core.config import Settings, StoreSettings, load_settings
+from kairos.scheduler_core.config import Settings, StoreSettings
+from kairos.scheduler_core.config_file import load_settings
 from kairos.scheduler_core.service.app import create_app
 from kairos.scheduler_core.service.decisions.recorder import Recorder
 from kairos.scheduler_core.service.metrics import Metrics

@@ -24,7 +24,7 @@ def check(
 
     Example: kairos config check examples/kairos.yaml
     """
-    from kairos.scheduler_core.config import load_settings
+    from kairos.scheduler_core.config_file import load_settings
 
     settings = load_settings(file)
     if as_json:

@@ -87,7 +87,8 @@ def expire(config: Config = None, url: Url = None, as_json: Json = False) -> Non
 
     Example: kairos db expire --config kairos.yaml
     """
-    from kairos.scheduler_core.config import Retention, load_settings
+    from kairos.scheduler_core.config import Retention
+    from kairos.scheduler_core.config_file import load_settings
     from kairos.scheduler_core.service.store.queries.retention import expiring
 
     settings = load_settings(config).store if config else None
@@ -124,7 +125,7 @@ def opened(config: Path | None, url: str | None) -> "Iterator[Store]":
     Raises:
         ConfigError: neither is given, or the configuration has none.
     """
-    from kairos.scheduler_core.config import load_settings
+    from kairos.scheduler_core.config_file import load_settings
     from kairos.scheduler_core.service.store.session import Store
 
     if url is None:

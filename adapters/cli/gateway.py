@@ -24,7 +24,8 @@ def gateway(
 
     from kairos.adapters.gateway.process import run_gateway
     from kairos.predictors.profiles import step_times_of
-    from kairos.scheduler_core.config import Settings, load_settings
+    from kairos.scheduler_core.config import Settings
+    from kairos.scheduler_core.config_file import load_settings
 
     environment = dict(os.environ)
     if host is not None:

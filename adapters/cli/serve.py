@@ -21,7 +21,7 @@ def serve(
     Example: kairos serve --config examples/kairos.yaml --port 8011
     """
     from kairos.adapters.simulator.replay import replay_on
-    from kairos.scheduler_core.config import load_settings
+    from kairos.scheduler_core.config_file import load_settings
     from kairos.scheduler_core.service.app import create_app
     from kairos.scheduler_core.service.logging import configure_logging
     from kairos.scheduler_core.service.server import run_server

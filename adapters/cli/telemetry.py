@@ -83,7 +83,7 @@ def scrape(
     """
     from kairos.adapters.sources.push import Push
     from kairos.adapters.sources.scrape import scrape as ask
-    from kairos.scheduler_core.config import load_settings
+    from kairos.scheduler_core.config_file import load_settings
 
     settings = load_settings(config)
     push, stopped = Push(to, os.environ.get("KAIROS_API_KEY", "")), Event()

@@ -47,7 +47,7 @@ def emulate(
     from kairos.adapters.emulator.faults import parse_faults
     from kairos.adapters.emulator.process import group_of, reporting_to, run_worker, worker_options
     from kairos.predictors.profiles import step_times_of
-    from kairos.scheduler_core.config import load_settings
+    from kairos.scheduler_core.config_file import load_settings
 
     settings = load_settings(config)
     options = worker_options(

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from kairos.scheduler_core.config import Settings, load_settings
+from kairos.scheduler_core.config import Settings
+from kairos.scheduler_core.config_file import load_settings
 from kairos.scheduler_core.errors import ConfigError
 
 TEXT = """

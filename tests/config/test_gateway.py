@@ -7,7 +7,8 @@ import pytest
 
 from kairos.adapters.simulator.fleet import build_fleet
 from kairos.predictors.profiles import step_times_of
-from kairos.scheduler_core.config import Settings, load_settings
+from kairos.scheduler_core.config import Settings
+from kairos.scheduler_core.config_file import load_settings
 from kairos.scheduler_core.errors import ConfigError
 
 PROFILE = {"gpu": "H100", "model": "m", "step_times": {"linear": {"prefill": {"b_s": 1e-4}, "decode": {"a_s": 0.01}}}}

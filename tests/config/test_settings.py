@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from kairos.scheduler_core.config import Settings, load_settings
+from kairos.scheduler_core.config import Settings
+from kairos.scheduler_core.config_file import load_settings
 from kairos.scheduler_core.domain import Control, Line, Profile
 from kairos.scheduler_core.errors import ConfigError
 

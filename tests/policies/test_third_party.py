@@ -75,7 +75,7 @@ import sys
 from pathlib import Path
 
 from fastapi.testclient import TestClient
-from kairos.scheduler_core.config import load_settings
+from kairos.scheduler_core.config_file import load_settings
 from kairos.scheduler_core.service.app import create_app
 
 snapshot = {

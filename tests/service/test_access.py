@@ -8,7 +8,8 @@ from fastapi import Request
 from service.snapshots import call, settings_of
 from serving import CONFIG
 
-from kairos.scheduler_core.config import ROLES, Settings, load_settings
+from kairos.scheduler_core.config import ROLES, Settings
+from kairos.scheduler_core.config_file import load_settings
 from kairos.scheduler_core.errors import ConfigError
 from kairos.scheduler_core.service.access import RULES, rule_for, tenant_of
 from kairos.scheduler_core.service.app import create_app

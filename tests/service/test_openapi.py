@@ -12,7 +12,7 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 from service.snapshots import call, scheduler_of, settings_of
 
 import kairos
-from kairos.scheduler_core.config import load_settings
+from kairos.scheduler_core.config_file import load_settings
 from kairos.scheduler_core.service.app import create_app
 from kairos.scheduler_core.service.schemas import Snapshot
 

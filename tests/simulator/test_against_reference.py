@@ -21,7 +21,7 @@ from kairos.adapters.simulator.tables import STATUSES
 from kairos.adapters.simulator.workload import build_workload
 from kairos.adapters.traces import read_trace
 from kairos.predictors.profiles import step_times_of
-from kairos.scheduler_core.config import load_settings
+from kairos.scheduler_core.config_file import load_settings
 from kairos.scheduler_core.strategy import parse_strategy
 
 TOLERANCE_S = 1e-6

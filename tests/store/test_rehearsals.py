@@ -23,7 +23,7 @@ from kairos.adapters.simulator.fleet import build_fleet
 from kairos.adapters.simulator.run import simulate
 from kairos.adapters.simulator.tables import Workload
 from kairos.predictors.profiles import step_times_of
-from kairos.scheduler_core.config import load_settings
+from kairos.scheduler_core.config_file import load_settings
 from kairos.scheduler_core.experiment import Clock, Schedule, read_schedule
 from kairos.scheduler_core.service.experiments.design import Lengths, Limits, Pair, Plan, Stage, counted
 from kairos.scheduler_core.service.experiments.record import Record, verify

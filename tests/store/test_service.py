@@ -21,7 +21,7 @@ from serving import CONFIG, SERVE, served
 from sqlalchemy import func, select
 from store.rows import decode_step, request
 
-from kairos.scheduler_core.config import load_settings
+from kairos.scheduler_core.config_file import load_settings
 from kairos.scheduler_core.errors import ConfigError
 from kairos.scheduler_core.service.app import create_app
 from kairos.scheduler_core.service.store.revisions import head

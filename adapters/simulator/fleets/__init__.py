@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
-from kairos.scheduler_core.config import Settings, load_settings
+from kairos.scheduler_core.config import Settings
+from kairos.scheduler_core.config_file import load_settings
 from kairos.scheduler_core.errors import UnknownNameError
 
 FOLDER = Path(str(files(__name__)))

@@ -20,7 +20,7 @@ from kairos.adapters.sources import push as push_module
 from kairos.adapters.sources import scrape as scrape_module
 from kairos.adapters.sources.push import Push
 from kairos.adapters.sources.scrape import Scraper, Target, live_groups, targets_of
-from kairos.scheduler_core.config import load_settings
+from kairos.scheduler_core.config_file import load_settings
 from kairos.scheduler_core.errors import ConfigError
 from kairos.scheduler_core.service.store.queries.telemetry import read_steps
 from kairos.scheduler_core.service.store.session import Store
