@@ -279,7 +279,7 @@ def test_a_running_service_records_and_the_command_explains(store: Store, url: s
     assert "and began on p-0: the policy put it first" in ended.stdout
     assert (unknown.code, nobody.code) == (2, 1)
     assert "no request 'other' is known here" in unknown.stderr
-    assert "start `kairos serve`, or give --url" in nobody.stderr
+    assert "start one with kairos serve" in nobody.stderr
 
 
 def test_a_stored_decision_is_found_by_its_request(store: Store) -> None:
