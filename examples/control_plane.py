@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,8 @@ class Story:
         """All of it."""
         recordings = self.ingest(telemetry)
         first = self.train()
-        self.first_models(first, recordings)
-        recording = max(recordings, key=len)
-        profile_id = self.profile_of(recording)
+        profile_id = self.first_models(first, recordings)
+        recording = next(recording for recording in recordings if self.profile_of(recording) == profile_id)
         before = self.serving(profile_id)
         self.drift(profile_id, recording)
         better = self.better_challenger(profile_id, recording, before)
@@ -71,7 +71,7 @@ class Story:
         self.roll_back(profile_id, better)
 
     def ingest(self, folder: Path) -> list[list[Row]]:
-        """Send every row of the files; the decode steps of each profile, as they were recorded."""
+        """Send every row of the files, as of before the story; the decode steps of each profile, as recorded."""
         stored = {"steps": 0, "requests": 0}
         recordings: dict[tuple[str, ...], list[Row]] = {}
         for path in sorted(folder.glob("*.csv.gz")):
@@ -79,6 +79,8 @@ class Story:
             if kind not in ROUTES:
                 continue
             rows = list(read(path))
+            if ROUTES[kind] == "steps":
+                rows = [{"ended_at_s": self.now_s} | row for row in rows]
             stored[ROUTES[kind]] += self.send(ROUTES[kind], rows)
             for row in rows if kind == "decode" else ():
                 if not EXCLUDED & set(row.get("flag", "").split(";")):
@@ -95,8 +97,11 @@ class Story:
         self.say(f"training {number} made {len(done['models'])} models; each is a challenger")
         return list(done["models"])
 
-    def first_models(self, models: list[str], recordings: list[list[Row]]) -> None:
-        """Later steps judge them against configuration and prior; where too few come, a person promotes."""
+    def first_models(self, models: list[str], recordings: list[list[Row]]) -> str:
+        """Later steps judge them against configuration and prior; where too few come, a person promotes.
+
+        Returns: the profile whose decode model won by most.
+        """
         for rows in recordings:
             self.send("steps", self.again(rows, 1.0, FOR_A_FIRST_MODEL + 500))
         judged = self.wait("the first looks", lambda: self.judged(models, len(recordings)))
@@ -110,6 +115,7 @@ class Story:
         for model in by_hand:
             self.post(f"/models/{model}/promote", {"reason": "too few steps for the gate"})
         self.say(f"{len(by_hand)} more by hand, since they see too few steps to be judged")
+        return str(max(judged, key=decode_win)["profile_id"])
 
     def drift(self, profile_id: str, recording: list[Row]) -> None:
         """The same steps again for a reference, then a copy that takes 10 % longer."""
@@ -123,7 +129,8 @@ class Story:
     def better_challenger(self, profile_id: str, recording: list[Row], before: str) -> str:
         """The model of the changed steps wins on later ones; what serves then."""
         self.wait("its model", lambda: ended(self.trainings("drift")[0]))
-        self.send("steps", self.again(recording, 1.1, FOR_A_LOOK + 1_000))
+        verdict = self.judge_decode(self.trainings("drift")[0]["models"], recording)
+        assert verdict["word"] == "promote", verdict
         after = self.wait("its promotion", lambda: changed(self.serving(profile_id), before))
         self.say(f"{after} was promoted in place of {before}")
         return after
@@ -134,11 +141,9 @@ class Story:
         artifact = self.client.get(f"/models/{name}/{version}/artifact").raise_for_status().content
         headers = {"content-type": "application/octet-stream"}
         uploaded = self.client.post("/models", content=artifact, headers=headers).raise_for_status().json()["models"]
-        self.send("steps", self.again(recording, 1.1, FOR_A_LOOK + 1_000))
-        model = self.wait("the second look", lambda: self.judged(uploaded, 1))[0]
-        verdict = model["report"]["gate"]["decode"]
+        verdict = self.judge_decode(uploaded, recording)
         assert verdict["word"] == "keep", verdict
-        self.say(f"{model['id']} was refused: {verdict['sentence']}")
+        self.say(f"{uploaded[0]} was refused: {verdict['sentence']}")
 
     def roll_back(self, profile_id: str, serving: str) -> None:
         """One call; a decision names the model that it was made with."""
@@ -148,7 +153,24 @@ class Story:
         assert answer["model_versions"] == {profile_id: back}, answer["model_versions"]
         self.say(f"rolled back from {serving} to {back}, which the next decision was made with")
 
+    def judge_decode(self, models: list[str], recording: list[Row]) -> Row:
+        """Send changed steps until the gate has seen enough of them; what it says of the one model."""
+        rows, sent = FOR_A_LOOK + 1_000, 0
+        while True:
+            self.send("steps", self.again(recording, 1.1, rows))
+            sent += rows
+            verdict: Row = self.wait("a look at all of them", partial(self.looked, models, 0.8 * sent))
+            if verdict["word"] != "wait":
+                return verdict
+            self.say(f"the gate waits: {verdict['sentence']}")
+            rows = sent // 2 + 1_000
+
     # -- what is asked
+
+    def looked(self, models: list[str], least: float) -> Row | None:
+        """What the gate said of decode steps once it had at least so many."""
+        verdicts = [model["report"]["gate"].get("decode") for model in self.judged(models, 0)]
+        return next((verdict for verdict in verdicts if verdict and verdict["rows"] >= least), None)
 
     def judged(self, models: list[str], least: int) -> list[Row]:
         """Those of the models that the gate has looked at, once there are enough."""
@@ -202,14 +224,14 @@ class Story:
             answer = self.client.post(path, content=content, headers=headers)
         else:
             answer = self.client.post(path, json=body or {})
-        assert answer.is_success, f"{path}: {answer.text}"
+        assert answer.is_success, f"{path}: {answer.text[:300]}"
         return answer.json()
 
     def wait(self, what: str, look: Callable[[], Any]) -> Any:
         """What a look finds, as soon as it finds something."""
         until_s = time.monotonic() + PATIENCE_S
         while not (found := look()):
-            assert time.monotonic() < until_s, f"{what} did not come within {PATIENCE_S:.0f} s: {self.get('/models')}"
+            assert time.monotonic() < until_s, f"{what} did not come within {PATIENCE_S:.0f} s"
             time.sleep(0.25)
         return found
 
@@ -231,6 +253,12 @@ def ended(training: Row) -> Row | None:
 def changed(now: str, before: str) -> str | None:
     """What is now, once it is something else."""
     return now if now != before else None
+
+
+def decode_win(model: Row) -> float:
+    """How surely the gate promoted its decode steps: t of the gain."""
+    verdict = model["report"]["gate"].get("decode", {"word": "keep"})
+    return float(verdict["checks"]["t"]["value"]) if verdict["word"] == "promote" else 0.0
 
 
 def decode_instance(profile_id: str) -> Row:

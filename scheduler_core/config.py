@@ -601,6 +601,7 @@ SHIPPED_STRATEGIES: dict[str, dict[str, Any]] = {
 
 
 def with_shipped(strategies: object) -> object:
+    """Strategies of a settings file beside the shipped ones; what is no mapping stays, for pydantic to refuse."""
     if strategies is None:
         strategies = {}
     return deepcopy(SHIPPED_STRATEGIES) | dict(strategies) if isinstance(strategies, Mapping) else strategies

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from command_line import kairos
 
 from kairos.scheduler_core.service.store.session import Store
@@ -13,11 +14,21 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "control_plane.py"
 
 
 def test_the_example_goes_from_telemetry_to_a_rollback(empty: Store, url: str) -> None:
+    goes_from_telemetry_to_a_rollback(empty, url)
+
+
+def test_the_example_goes_from_measured_telemetry_to_a_rollback(empty: Store, url: str) -> None:
+    if "KAIROS_DATA" not in os.environ:
+        pytest.skip("KAIROS_DATA is not set: no measured telemetry")
+    goes_from_telemetry_to_a_rollback(empty, url, "--telemetry", f"{os.environ['KAIROS_DATA']}/telemetry")
+
+
+def goes_from_telemetry_to_a_rollback(empty: Store, url: str, *options: str) -> None:
     if not empty.embedded:
         assert kairos("db", "upgrade", "--url", url).code == 0
     source = str(EXAMPLE.parents[1] / "src")
     told = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--database", url],
+        [sys.executable, str(EXAMPLE), "--database", url, *options],
         capture_output=True,
         text=True,
         timeout=540,

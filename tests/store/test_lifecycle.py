@@ -15,6 +15,7 @@ from kairos.predictors.artifact import ProfileModels, dump
 from kairos.predictors.training import train
 from kairos.scheduler_core.errors import ConflictError, StoreError
 from kairos.scheduler_core.service.metrics import Metrics
+from kairos.scheduler_core.service.models import lifecycle
 from kairos.scheduler_core.service.models.artifacts import add_challenger
 from kairos.scheduler_core.service.models.book import Book
 from kairos.scheduler_core.service.models.lifecycle import LEASE, LEASE_S, LostLeaseError
@@ -148,6 +149,20 @@ def test_a_challenger_that_cannot_be_read_is_refused(store: Store) -> None:
     life.steps(8_500)
 
     assert (life.serving, life.gate(2)) == (1, "keep")
+
+
+def test_steps_that_a_model_has_learned_from_do_not_judge_it_when_the_watch_comes_to_them(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle, "PAGE_STEPS", 1_500)
+    life = Life(store)
+    with store.write() as connection:
+        queries.ask_training(connection, "request", None)
+    life.steps(4_000)  # the training comes after the first page, and reads them all
+    before = life.serving
+    life.steps(2_100)
+
+    assert (before, life.serving, life.gate(1)) == (0, 1, "promote")
 
 
 def test_only_the_newest_challenger_waits(store: Store) -> None:

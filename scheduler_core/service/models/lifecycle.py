@@ -164,7 +164,8 @@ class Lifecycle:
         if newest < self._watched:  # SQLite numbers from 1 again once all steps were deleted
             self._watched = 0
         after = max(self._watched, newest - self._settings.training.window_steps)
-        groups, last = read_steps(self._store, after, most=PAGE_STEPS)
+        learned = [row.last_step - after for row in self._waiting.values() if row.last_step > after]
+        groups, last = read_steps(self._store, after, most=min([PAGE_STEPS, *learned]))
         if last <= self._watched:
             return False
         told: list[tuple[Key, Happening]] = []
@@ -173,7 +174,7 @@ class Lifecycle:
             key = part.profile.profile_id, part.kind
             self._profiles[key[0]] = part.profile
             keys.append(key)
-            told += [(key, happening) for happening in self._observe(key, in_order(part))]
+            told += [(key, happening) for happening in self._observe(key, in_order(part), after)]
         with self._write() as connection:
             queries.write_watches(connection, last, {key: self._kept(key) for key in keys})
             for (profile_id, kind), happening in told:
@@ -182,13 +183,13 @@ class Lifecycle:
         self._later.clear()
         return True
 
-    def _observe(self, key: Key, steps: Steps) -> list[Happening]:
+    def _observe(self, key: Key, steps: Steps, after: int) -> list[Happening]:
         model = self._serving.models(steps.profile)[steps.kind]
         watch = self._watches.get(key)
         if watch is None:
             watch = self._watches[key] = new_watch(self._serving.origin(*key), model)
             self._await_challenger(key, watch)
-        return observe(watch, steps, model, self._former(key, watch), len(self._watches))
+        return observe(watch, steps, after, model, self._former(key, watch), len(self._watches))
 
     def _former(self, key: Key, watch: Watch) -> StepModel | None:
         """The model before this one; one that cannot be read is scored no longer."""
@@ -238,7 +239,9 @@ class Lifecycle:
         if after not in self._later:  # models of one training are judged together
             groups, _ = read_steps(self._store, after, most=self._watched - after)
             self._later[after] = {(s.profile.profile_id, s.kind): in_order(s) for s in groups}
-        steps = self._later[after][key]
+        steps = self._later[after].get(key)
+        if steps is None:
+            return Verdict("wait", "its later steps are no longer among the newest", 0)
         return judge(later_steps(steps), calibrated(champion, steps), calibrated(other, steps), first=first)
 
     def _judge_challenger(self, key: Key, watch: Watch, pending: Pending) -> None:
@@ -250,17 +253,20 @@ class Lifecycle:
             verdict = Verdict("keep", f"champion kept: {error}", 0)
         else:
             verdict = self._verdict(key, pending.after_step, champion, challenger, first=watch.origin == 0)
-        if verdict.word == "wait":
+        waits = verdict.word == "wait"
+        if waits:
             pending.wait_rows = pending.rows + pending.rows // 2
-            return
         with self._write() as connection:
             if not self._is_current(connection):
                 return
-            watch.challenger = None
             row = queries.model(connection, profile_id, pending.version)
             report = dict(row.report or {})
-            report["waiting"] = [other for other in report.get("waiting", []) if other != kind]
             report["gate"] = report.get("gate", {}) | {kind: msgspec.to_builtins(verdict)}
+            if waits:
+                queries.judge_model(connection, profile_id, pending.version, row.state, report)
+                return
+            watch.challenger = None
+            report["waiting"] = [other for other in report.get("waiting", []) if other != kind]
             state = row.state if report["waiting"] else "judged"
             queries.judge_model(connection, profile_id, pending.version, state, report)
             if verdict.word == "promote" and self._settings.training.promote == "auto":

@@ -1,11 +1,12 @@
 """What is kept of each profile and kind while telemetry comes in: its errors, what waits to be judged by them."""
 
+from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 
-from kairos.predictors.drift import Drift
+from kairos.predictors.drift import BLOCK_ROWS, Alarm, Drift
 from kairos.predictors.features import rows_of
 from kairos.predictors.online import Online, Quantiles
 from kairos.predictors.step_model import Prediction, StepModel, load_of
@@ -30,8 +31,10 @@ class Pending(msgspec.Struct):
     wait_rows: int = 0
     """The next look is not before so many."""
 
-    def count(self, ended_at_s: FloatArray) -> None:
-        """Take note of n more steps (n,)."""
+    def count(self, ended_at_s: FloatArray, after: int) -> None:
+        """Take note of n more steps (n,), all with ids above `after`; unless the model may have learned from some."""
+        if after < self.after_step:
+            return
         if not self.rows:
             self.first_s = float(ended_at_s.min())
         self.rows += len(ended_at_s)
@@ -48,7 +51,29 @@ class Former(msgspec.Struct):
     pending: Pending
     drift: Drift = msgspec.field(default_factory=Drift)
     drifted: bool = False
+    recent: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Means over about the last block of steps: its log error, its |log error|, and that of the model that serves."""
     looked: bool = False
+
+    def observe(self, log_error: FloatArray, of_serving: FloatArray, ended_at_s: FloatArray, watched: int) -> None:
+        """Take n more errors of it and of the model that serves, with the times of their steps, each (n,)."""
+        n, kept = len(log_error), 1 - 1 / BLOCK_ROWS
+        weights = (1 - kept) * kept ** np.arange(n)[::-1]
+        new = weights @ np.column_stack([log_error, np.abs(log_error), np.abs(of_serving)])
+        error, size, serving = (kept**n * np.array(self.recent) + new).tolist()
+        self.recent = error, size, serving
+        self.drifted |= self.drift.observe(log_error, ended_at_s, watched) is not None
+
+    def knows(self, alarm: Alarm) -> bool:
+        """Whether the change that the model that serves has met is hardly one for this model, which predicts better.
+
+        Wide errors can hide a change from its own drift test, hence its shift is asked for, too.
+        """
+        if self.drifted or not self.drift.reference:
+            return False
+        place = 1 if alarm.series == "wider" else 0
+        usual = fmean(block[place] for block in self.drift.reference)
+        return self.recent[1] < self.recent[2] and abs(self.recent[place] - usual) < abs(alarm.shift) / 2
 
 
 class Watch(msgspec.Struct):
@@ -79,10 +104,13 @@ def new_watch(origin: int, model: StepModel) -> Watch:
     return Watch(origin, Online(Quantiles.start(model.interval)))
 
 
-def observe(watch: Watch, steps: Steps, model: StepModel, former: StepModel | None, watched: int) -> list[Happening]:
+def observe(
+    watch: Watch, steps: Steps, after: int, model: StepModel, former: StepModel | None, watched: int
+) -> list[Happening]:
     """Take steps in, in order of their end; what they tell.
 
     Args:
+        after: their ids are above it.
         model: what serves this kind, uncorrected. Drift is looked for in its errors: a correction would hide it.
         former: the model behind `watch.former`.
         watched: how many profiles and kinds are watched.
@@ -92,17 +120,17 @@ def observe(watch: Watch, steps: Steps, model: StepModel, former: StepModel | No
     watch.online.observe(log_error, load_of(steps.kind, x))
     watch.unlearned_rows += len(steps)
     if watch.challenger:
-        watch.challenger.count(steps.ended_at_s)
+        watch.challenger.count(steps.ended_at_s, after)
     if watch.former:
-        watch.former.pending.count(steps.ended_at_s)
+        watch.former.pending.count(steps.ended_at_s, after)
         if former:
             of_former = np.log(steps.step_s / former.predict(x).median_s)
-            watch.former.drifted |= watch.former.drift.observe(of_former, steps.ended_at_s, watched) is not None
+            watch.former.observe(of_former, log_error, steps.ended_at_s, watched)
     told: list[Happening] = []
     if alarm := watch.drift.observe(log_error, steps.ended_at_s, watched):
         watch.online.quantiles.reset()
         watch.changed_at_s = alarm.since_s
-        alone = watch.former is not None and not watch.former.drifted
+        alone = watch.former is not None and watch.former.knows(alarm)
         told.append(Happening("alone" if alone else "drift", alarm._asdict()))
     if off := watch.online.quantiles.coverage_alarm():
         told.append(Happening("coverage", {"below_p10": off[0], "above_p90": off[1]}))
