@@ -17,9 +17,8 @@ def test_the_example_goes_from_telemetry_to_a_rollback(empty: Store, url: str) -
     goes_from_telemetry_to_a_rollback(empty, url)
 
 
+@pytest.mark.skipif("KAIROS_DATA" not in os.environ, reason="KAIROS_DATA is not set")
 def test_the_example_goes_from_measured_telemetry_to_a_rollback(empty: Store, url: str) -> None:
-    if "KAIROS_DATA" not in os.environ:
-        pytest.skip("KAIROS_DATA is not set: no measured telemetry")
     goes_from_telemetry_to_a_rollback(empty, url, "--telemetry", f"{os.environ['KAIROS_DATA']}/telemetry")
 
 
