@@ -27,6 +27,7 @@ from kairos.scheduler_core.telemetry import RequestRow, StepRecord, StepRow
 TIMEOUT_S = 2.0
 KEPT_STEPS = 100_000
 """About half an hour of steps of 20 ms."""
+KEPT_DOCUMENTS = 1_000
 BATCH_ROWS = 10_000
 LARGEST_ANSWER_BYTES = 256 * 2**20
 LOG_EVERY_S = 60.0
@@ -116,14 +117,25 @@ class ControlPlane:
         run: names this run of the engine; batches are numbered within it, so that a batch sent twice is stored once.
         api_key: sent as a bearer token when given.
         others: profiles whose models are pulled too.
+        hear: told every answer of `GET /strategies/active`, by who takes part in experiments; strategies are no news
+            then.
     """
 
-    def __init__(self, url: str, profile: Profile, run: str, api_key: str = "", others: Sequence[Profile] = ()) -> None:
+    def __init__(
+        self,
+        url: str,
+        profile: Profile,
+        run: str,
+        api_key: str = "",
+        others: Sequence[Profile] = (),
+        hear: Callable[[bytes], None] | None = None,
+    ) -> None:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"the control plane's address is {url}; write http://HOST:PORT")
         self.url = url.rstrip("/")
         self.profile = profile
         self._profiles = (profile, *others)
+        self._hear = hear
         self.run = run
         self.news: deque[NewStrategy | NewStepTimes] = deque()
         """What the engine's thread has not taken up yet."""
@@ -134,6 +146,7 @@ class ControlPlane:
         self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._steps = Outbox[StepRecord]("/telemetry/steps", "steps", self._encode_step)
         self._requests = Outbox[RequestRow]("/telemetry/requests", "requests", _encoder.encode, "requests/")
+        self._documents: dict[str, tuple[str, bytes]] = {}
         self._wait_until_s = 0.0
         self._strategy: ActiveStrategy | None = None
         self._models: dict[str, ServingModel] = {}
@@ -147,6 +160,13 @@ class ControlPlane:
         """Keep a request that has ended for the next batch; called by the gateway's thread."""
         self._keep(self._requests, row)
 
+    def note_document(self, name: str, path: str, body: bytes) -> None:
+        """Keep a document that is put at a path; a newer one of the same name takes its place."""
+        if len(self._documents) >= KEPT_DOCUMENTS and name not in self._documents:
+            del self._documents[next(iter(self._documents))]
+            self.counts["dropped documents"] += 1
+        self._documents[name] = path, body
+
     def _keep(self, outbox: Outbox[Row], row: Row) -> None:
         if len(outbox.rows) >= KEPT_STEPS:
             outbox.rows.popleft()
@@ -155,7 +175,8 @@ class ControlPlane:
 
     def exchange(self) -> None:
         """Push what is there, pull what is new. Whatever fails is counted, said once a minute, and tried again."""
-        for part in (self._pull_strategy, self._pull_models, self._push_steps, self._push_requests):
+        parts = (self._pull_strategy, self._pull_models, self._push_steps, self._push_requests, self._push_documents)
+        for part in parts:
             try:
                 part()
             except KairosError as problem:
@@ -196,6 +217,20 @@ class ControlPlane:
                 self._say(f"{outbox.what} were refused with {problem.code}")
             outbox.batch = None
 
+    def _push_documents(self) -> None:
+        for name in list(self._documents):
+            path, body = told = self._documents.pop(name)
+            try:
+                self._ask(path, body, {"content-type": "application/json"}, "PUT")
+                self.counts["pushed documents"] += 1
+            except (OSError, http.client.HTTPException) as problem:
+                if isinstance(problem, urllib.error.HTTPError) and problem.code in _REFUSED:
+                    self.counts["refused documents"] += 1
+                    self._say(f"{path} was refused with {problem.code}")
+                    continue
+                self._documents.setdefault(name, told)
+                raise
+
     def _encode_step(self, step: StepRecord) -> bytes:
         return _encoder.encode(row_of(step, self.profile))
 
@@ -204,6 +239,9 @@ class ControlPlane:
     def _pull_strategy(self) -> None:
         answer = self._get("/strategies/active")
         if answer is None:
+            return
+        if self._hear is not None:
+            self._hear(answer)
             return
         told = msgspec.json.decode(answer, type=ActiveStrategy)
         known = self._strategy
@@ -250,8 +288,10 @@ class ControlPlane:
                 return None
             raise
 
-    def _ask(self, path: str, body: bytes | None = None, headers: dict[str, str] | None = None) -> bytes:
-        request = urllib.request.Request(self.url + path, body, {**self._headers, **(headers or {})})
+    def _ask(
+        self, path: str, body: bytes | None = None, headers: dict[str, str] | None = None, method: str | None = None
+    ) -> bytes:
+        request = urllib.request.Request(self.url + path, body, {**self._headers, **(headers or {})}, method=method)
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
                 content: bytes = answer.read(LARGEST_ANSWER_BYTES + 1)

@@ -160,6 +160,11 @@ class Arms:
         """When the champion runs alone unless the control plane is heard again: a block after it was."""
         return self._heard_s + (self.known.experiment.lengths.block_s if self.known else 0.0)
 
+    @property
+    def champion(self) -> Arm:
+        """What runs where no experiment says otherwise."""
+        return self._champion
+
     def of_pool(self, now_s: float, pool: int = 0) -> Arm:
         """What orders, places and batches now: in the whole fleet, or in a pool (0 or 1)."""
         running = self.running(now_s)

@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 
 from kairos.adapters.dataplane.arms import Active, Arm, Arms, Running
+from kairos.adapters.dataplane.reports import SlotReport, exceptions_among
 from kairos.adapters.simulator.fleet import SimulatedFleet
 from kairos.adapters.simulator.outcome import FINISHED, REJECTED, UNFINISHED
 from kairos.adapters.simulator.run import Knobs, Simulation
@@ -38,27 +39,6 @@ PATIENCE_S = 10.0
 _log = logging.getLogger(__name__)
 _encoder = msgspec.json.Encoder()
 _active = msgspec.json.Decoder(Active)
-
-
-class ArmReport(msgspec.Struct):
-    """What was done for the requests of one arm so far in a slot, as `PUT /experiments/.../reports/...` takes it."""
-
-    requests: int = 0
-    decisions: int = 0
-    counted_decisions: int = 0
-    wrong_arm: int = 0
-    exceptions: int = 0
-    fallbacks: int = 0
-    decision_p99_us: float = 0.0
-    worst_wait_s: float = 0.0
-
-
-class SlotReport(msgspec.Struct):
-    """The same of both arms; None: the slot has none of it."""
-
-    slot_start_s: float
-    champion: ArmReport | None = None
-    challenger: ArmReport | None = None
 
 
 @dataclass(slots=True)
@@ -216,18 +196,14 @@ class SimulatedDataPlane:
             self._note(pool, running, slot, arm, range(first, simulation.submitted), start_s)
         pool.decisions = len(simulation.decision_us)
         pool.failures = simulation.decider.validity.fallbacks.total()
-        pool.exceptions = _exceptions(simulation)
+        pool.exceptions = exceptions_among(simulation.decider.validity.fallbacks)
 
     def _note(self, pool: _Pool, running: Running, slot: Slot, arm: Arm, rows: range, start_s: float) -> None:
         """Add a stretch of a slot to its report."""
         lengths, simulation = running.experiment.lengths, pool.simulation
         told = self._reports.setdefault((running.experiment.id, slot.start_s), SlotReport(slot.start_s))
         challenger = running.schedule.strategy_at(start_s, pool.number or 0) == running.schedule.challenger
-        report = (told.challenger if challenger else told.champion) or ArmReport()
-        if challenger:
-            told.challenger = report
-        else:
-            told.champion = report
+        report = told.arm(challenger)
         counts_from_s, counts_to_s = slot.start_s + lengths.burn_s, slot.end_s - lengths.tail_s
         report.requests += sum(counts_from_s <= self.origin_s + simulation.arrival_s[row] < counts_to_s for row in rows)
         decisions_us = simulation.decision_us[pool.decisions :]
@@ -235,7 +211,7 @@ class SimulatedDataPlane:
         if start_s >= counts_from_s:
             report.counted_decisions += len(decisions_us)
             report.wrong_arm += len(decisions_us) if arm.challenger != challenger else 0
-        report.exceptions += _exceptions(simulation) - pool.exceptions
+        report.exceptions += exceptions_among(simulation.decider.validity.fallbacks) - pool.exceptions
         report.fallbacks += simulation.decider.validity.fallbacks.total() - pool.failures
         if len(decisions_us):
             report.decision_p99_us = max(report.decision_p99_us, float(np.quantile(decisions_us, 0.99)))
@@ -343,12 +319,6 @@ def _taken(workload: Workload, rows: IntArray) -> Workload:
         model=some(workload.model),
         block_ids=None if workload.block_ids is None else some(workload.block_ids),
     )
-
-
-def _exceptions(simulation: Simulation) -> int:
-    """Of all failures, those that a policy raised itself."""
-    failures = simulation.decider.validity.fallbacks
-    return sum(count for name, count in failures.items() if not name.endswith(": PolicyError"))
 
 
 def _milliseconds(seconds: float) -> float | None:

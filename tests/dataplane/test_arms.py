@@ -4,66 +4,22 @@ from collections.abc import Sequence
 
 import msgspec
 import pytest
+from dataplane.made_answers import BLOCK_S, CHALLENGER, CHAMPION, KEY, answer, schedule_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from service.experiments.made_experiments import plan
 
 from kairos.adapters.dataplane import arms as arms_module
 from kairos.adapters.dataplane.arms import Active, Arms
 from kairos.scheduler_core.errors import InputError
-from kairos.scheduler_core.experiment import Schedule, sign
-from kairos.scheduler_core.service.experiments.design import RAMP_UP, Design, draw_schedule
+from kairos.scheduler_core.service.experiments.design import RAMP_UP, Design
 from kairos.scheduler_core.strategy import parse_strategy
 
-KEY = b"a key of the fleet"
 CONFIGURED = parse_strategy("fcfs+late+least-requests+continuous")
-CHAMPION, CHALLENGER = "s1@4", "s2@1"
-BLOCK_S = 300.0
 DAY_S = 24 * 3600.0
 DESIGNS: Sequence[Design] = ("switchback", "pools", "sticky")
 
 always = settings(deadline=None)  # the machine may be busy
 times = st.floats(0.0, 10 * 3600.0)
-
-
-def version(known_as: str) -> dict[str, object]:
-    """A version of a strategy as the service tells it."""
-    name, number = known_as.split("@")
-    policies = {
-        "prefill": {"name": "edf", "params": {"lost_last": True}},
-        "prefill_placement": {"name": "late", "params": {}},
-        "decode_placement": {"name": "least-requests", "params": {}},
-        "decode": {"name": "slack", "params": {"h": 0.9}},
-        "admission": {"name": "accept-all", "params": {}},
-    }
-    return {"name": name, "version": int(number), "policies": policies, "text": "of no use", "created_at": None}
-
-
-def schedule_of(design: Design = "switchback", **changes: object) -> Schedule:
-    """The first day of an experiment."""
-    return draw_schedule(plan(design, **changes), generation=3, start_s=0.0, from_s=0.0)
-
-
-def answer(
-    schedule: Schedule | None = None,
-    design: Design = "switchback",
-    *,
-    generation: int = 3,
-    key: bytes = KEY,
-    champion: str = CHAMPION,
-) -> Active:
-    """What `GET /strategies/active` says."""
-    told: dict[str, object] = {**version(champion), "generation": generation, "now_s": 0.0, "clock_scale": 1.0}
-    if schedule is not None:
-        told["experiment"] = {
-            "id": schedule.experiment_id,
-            "design": design,
-            "challenger": version(CHALLENGER),
-            "lengths": {"block_s": BLOCK_S, "burn_s": 60.0, "tail_s": 8.0, "settle_s": 20.0},
-            "schedule": sign(schedule, key).decode(),
-            "key_id": "0",
-        }
-    return msgspec.json.decode(msgspec.json.encode(told), type=Active)
 
 
 def hearing(*answers: Active, now_s: float = 0.0) -> Arms:
@@ -86,7 +42,10 @@ def test_the_active_strategy_runs_with_its_parameters_under_its_version() -> Non
 
 @always
 @given(
-    now_s=times, pool=st.sampled_from([0, 1]), design=st.sampled_from(["switchback", "pools"]), heard=st.floats(0, 1)
+    now_s=times,
+    pool=st.sampled_from([0, 1]),
+    design=st.sampled_from(["switchback", "pools"]),
+    heard=st.floats(0, 0.999),
 )
 def test_while_the_control_plane_is_heard_the_arm_is_the_schedules(
     now_s: float, pool: int, design: Design, heard: float
