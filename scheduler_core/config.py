@@ -199,11 +199,21 @@ class ComputesPrompts(Group):
     prefix_cache: bool = False
     kv_tokens: Count | None = None
     """Capacity of the prefix cache; of a mixed instance the KV capacity. None: no limit."""
+    kv_events_port: Port | None = None
+    """Where it publishes KV events over ZMQ, on the host of `url`; None: it does not."""
+    kv_replay_port: Port | None = None
+    """Where it sends earlier ones again; None: nowhere."""
 
     @model_validator(mode="after")
     def _a_cache_has_a_size(self) -> "ComputesPrompts":
         if self.prefix_cache and self.kv_tokens is None:
             raise ValueError("prefix_cache needs kv_tokens, the capacity of the cache")
+        return self
+
+    @model_validator(mode="after")
+    def _a_replay_is_of_events(self) -> "ComputesPrompts":
+        if self.kv_replay_port is not None and self.kv_events_port is None:
+            raise ValueError("kv_replay_port needs kv_events_port, where the events are published")
         return self
 
 
@@ -488,6 +498,8 @@ class GatewaySettings(Section):
     """How long a vLLM prefill engine holds KV for NIXL."""
     media_tokens: NotNegativeCount = 576
     """What an image or a sound in a chat counts as."""
+    tokenizers: dict[str, Path] = {}
+    """Folders of the models whose prompts are counted by their tokenizer and chat template, by the model's name."""
     health_s: Positive = 1.0
     """Between two looks at each engine."""
     control_plane: ControlPlane | None = None

@@ -17,6 +17,9 @@ class PrefixCache:
         self._block_tokens = block_tokens
         self._blocks: OrderedDict[int, None] = OrderedDict()
 
+    def __contains__(self, block_id: int) -> bool:
+        return block_id in self._blocks
+
     def hit_tokens(self, block_ids: Sequence[int], prompt_tokens: int) -> int:
         """Tokens of the leading blocks that are cached; at least one token of a prompt is always computed."""
         hits = 0
@@ -26,10 +29,14 @@ class PrefixCache:
             hits += 1
         return min(hits * self._block_tokens, prompt_tokens - 1)
 
-    def use(self, block_ids: Sequence[int]) -> None:
-        """Put the blocks of a computed prompt in, leading ones most recent, so that a prefix outlives its ends."""
+    def use(self, block_ids: Sequence[int]) -> list[int]:
+        """Put the blocks of a computed prompt in, leading ones most recent, so that a prefix outlives its ends.
+
+        Returns:
+            Those that made room.
+        """
         for block in reversed(block_ids):
             self._blocks[block] = None
             self._blocks.move_to_end(block)
-        while len(self._blocks) > self._capacity_blocks:
-            self._blocks.popitem(last=False)
+        surplus = range(max(0, len(self._blocks) - self._capacity_blocks))
+        return [self._blocks.popitem(last=False)[0] for _ in surplus]

@@ -46,7 +46,7 @@ class Answer:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         return event(self.head | {"object": kind, "choices": [], "usage": usage(jobs)})
 
-    def whole(self, jobs: Sequence[Job], kv_transfer_params: dict[str, Any] | None) -> dict[str, Any]:
+    def whole(self, jobs: Sequence[Job], kv_transfer_params: dict[str, Any] | None) -> Any:
         """The answer without streaming."""
         choices = []
         for index, job in enumerate(jobs):
@@ -61,6 +61,42 @@ class Answer:
         return body if kv_transfer_params is None else body | {"kv_transfer_params": kv_transfer_params}
 
 
+class NativeAnswer(Answer):
+    """Writes one answer of SGLang's `/generate`: its events repeat the text so far."""
+
+    def __init__(self, request_id: str, jobs: Sequence[Job]) -> None:
+        self._request_id, self._jobs = request_id, jobs
+
+    def opening(self, index: int) -> bytes:
+        """Nothing comes before the first token."""
+        return b""
+
+    def tokens(self, index: int, first: int, count: int, ends: bool) -> bytes:
+        """The event of `count` tokens from the `first`-th, after those before."""
+        return event(self._told(index, first + count - 1, ends))
+
+    def usage_event(self, jobs: Sequence[Job]) -> bytes:
+        """Every event says it."""
+        return b""
+
+    def whole(self, jobs: Sequence[Job], kv_transfer_params: dict[str, Any] | None) -> Any:
+        """The answer without streaming."""
+        told = [self._told(index, job.emitted, True) for index, job in enumerate(jobs)]
+        return told if len(told) > 1 else told[0]
+
+    def _told(self, index: int, tokens: int, ends: bool) -> dict[str, Any]:
+        job = self._jobs[index]
+        meta = {
+            "id": self._request_id,
+            "finish_reason": {"type": "length", "length": tokens} if ends else None,
+            "prompt_tokens": job.prompt_tokens,
+            "completion_tokens": tokens,
+            "cached_tokens": job.cached_tokens,
+        }
+        text = "".join(map(token_text, range(1, tokens + 1)))
+        return {"text": text, "output_ids": list(range(1, tokens + 1)), "index": index, "meta_info": meta}
+
+
 def usage(jobs: Sequence[Job]) -> dict[str, Any]:
     """Tokens of an answer."""
     prompt, output = sum(job.prompt_tokens for job in jobs), sum(job.emitted for job in jobs)
@@ -72,7 +108,7 @@ def usage(jobs: Sequence[Job]) -> dict[str, Any]:
     }
 
 
-async def answer_json(send: Send, status: int, body: dict[str, Any]) -> None:
+async def answer_json(send: Send, status: int, body: Any) -> None:
     """Answer with JSON."""
     await answer(send, status, json.dumps(body).encode())
 

@@ -59,6 +59,8 @@ def worker_options(
         connector=group.connector if isinstance(group, HandsOver) else "nixl",
         kv_transfer=settings.fleet.kv_transfer,
         prefix_cache=prefix_cache or cached,
+        kv_events_port=group.kv_events_port if isinstance(group, ComputesPrompts) else None,
+        kv_replay_port=group.kv_replay_port if isinstance(group, ComputesPrompts) else None,
         bootstrap_port=bootstrap_port,
         **others,
     )

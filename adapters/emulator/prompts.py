@@ -19,6 +19,26 @@ class Prompt(NamedTuple):
     tokens: int
     blocks: Sequence[int]
     """Ids of its whole blocks; equal prefixes have equal ids."""
+    pieces: Sequence[bytes | Sequence[int]]
+    """What is in the blocks: text, or tokens."""
+
+    def token_ids(self, first: int, end: int) -> list[int]:
+        """The tokens of its blocks from `first` to before `end`; four bytes of text are a token, whatever they say."""
+        return [token for piece in self.pieces[first:end] for token in _ids_of(piece)]
+
+
+def from_native(body: dict[str, Any]) -> dict[str, Any]:
+    """A body of SGLang's `/generate` in the fields of a completion.
+
+    Raises:
+        BadRequest: it has no prompt, or several.
+    """
+    sampling = body.get("sampling_params") or {}
+    text, input_ids = body.get("text"), body.get("input_ids")
+    if not isinstance(sampling, dict) or (text is None) == (input_ids is None):
+        raise BadRequest("either text or input_ids should be provided, and sampling_params be an object")
+    told = {"prompt": input_ids if text is None else text, "max_tokens": sampling.get("max_new_tokens", 128)}
+    return body | told | {"n": sampling.get("n")}
 
 
 def prompts_of(body: dict[str, Any], chat: bool) -> list[Prompt]:
@@ -80,18 +100,26 @@ def _chat(messages: object) -> Prompt:
             else:
                 images += 1
     prompt = _text(bytes(text))
-    return Prompt(prompt.tokens + images * IMAGE_TOKENS, prompt.blocks)
+    return Prompt(prompt.tokens + images * IMAGE_TOKENS, prompt.blocks, prompt.pieces)
 
 
 def _text(text: bytes) -> Prompt:
     size = BLOCK_TOKENS * BYTES_PER_TOKEN
     pieces = [text[start : start + size] for start in range(0, len(text) - size + 1, size)]
-    return Prompt(max(1, -(-len(text) // BYTES_PER_TOKEN)), _chain(pieces))
+    return Prompt(max(1, -(-len(text) // BYTES_PER_TOKEN)), _chain(pieces), pieces)
 
 
 def _tokens(tokens: Sequence[int]) -> Prompt:
     starts = range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS)
-    return Prompt(len(tokens), _chain([tuple(tokens[start : start + BLOCK_TOKENS]) for start in starts]))
+    pieces = [tuple(tokens[start : start + BLOCK_TOKENS]) for start in starts]
+    return Prompt(len(tokens), _chain(pieces), pieces)
+
+
+def _ids_of(piece: bytes | Sequence[int]) -> Sequence[int]:
+    if not isinstance(piece, bytes):
+        return piece
+    starts = range(0, len(piece), BYTES_PER_TOKEN)
+    return [int.from_bytes(piece[start : start + BYTES_PER_TOKEN], "big") for start in starts]
 
 
 def _chain(pieces: Sequence[object]) -> list[int]:

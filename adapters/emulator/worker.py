@@ -10,17 +10,19 @@ from uuid import uuid4
 
 from kairos.adapters.asgi import Receive, Scope, Send, answer, body_of, unless_gone
 from kairos.adapters.asgi_server import AsgiServer
-from kairos.adapters.emulator.answers import Answer, answer_json, error
+from kairos.adapters.emulator.answers import Answer, NativeAnswer, answer_json, error
 from kairos.adapters.emulator.faults import Fault, Faults
 from kairos.adapters.emulator.generation import HANDSHAKE_S, Generation
 from kairos.adapters.emulator.gpu import Job, Limits, VirtualGpu
 from kairos.adapters.emulator.handshakes import Connector, Leg, leg_of
 from kairos.adapters.emulator.kv import KvDesk
+from kairos.adapters.emulator.kv_events import KvEventPublisher
 from kairos.adapters.emulator.metrics import loads, metrics_text
 from kairos.adapters.emulator.prompts import (
     BLOCK_TOKENS,
     BadRequest,
     Prompt,
+    from_native,
     output_limit,
     prompts_of,
     sequences_a_prompt,
@@ -52,6 +54,9 @@ class WorkerOptions:
     kv_transfer: KvTransfer = field(default_factory=KvTransfer)
     lease_s: float = 30.0
     prefix_cache: bool = False
+    kv_events_port: int | None = None
+    """Where it publishes what is in its prefix cache; 0 takes a free one, None: nowhere."""
+    kv_replay_port: int | None = None
     time_scale: float = 1.0
     """Real seconds per second of the profile."""
     host: str = "127.0.0.1"
@@ -78,6 +83,7 @@ class EmulatedWorker:
         self.engine_id = uuid4().hex
         self.requests = 0
         self._cache = PrefixCache(options.limits.kv_tokens, BLOCK_TOKENS) if options.prefix_cache else None
+        self.kv_events: KvEventPublisher | None = None
         self.connector: Connector | None = None
         if options.role != "mixed":
             self.connector = "sglang" if options.engine == "sglang" else options.connector
@@ -95,6 +101,7 @@ class EmulatedWorker:
             ("GET", "/query"): self._query,
             ("POST", "/v1/completions"): self._completions,
             ("POST", "/v1/chat/completions"): self._chat,
+            ("POST", "/generate"): self._native,
             ("POST", "/v1/embeddings"): self._embeddings,
             ("PUT", "/emulated/faults"): self._set_faults,
         }
@@ -111,6 +118,9 @@ class EmulatedWorker:
             OSError: a port cannot be had.
         """
         self.gpu.start()
+        if self.options.kv_events_port is not None:
+            ports = self.options.kv_events_port, self.options.kv_replay_port
+            self.kv_events = KvEventPublisher(self.options.host, *ports)
         await self.server.start()
         if self.bootstrap is not None:
             await self.bootstrap.start()
@@ -123,6 +133,8 @@ class EmulatedWorker:
         if self.bootstrap is not None:
             await self.bootstrap.stop()
         await self.gpu.stop()
+        if self.kv_events is not None:
+            self.kv_events.close()
         for pool in self._sources.values():
             pool.close()
 
@@ -232,7 +244,13 @@ class EmulatedWorker:
     async def _chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self._generate(scope, receive, send, chat=True)
 
-    async def _generate(self, scope: Scope, receive: Receive, send: Send, chat: bool) -> None:
+    async def _native(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.options.engine != "sglang":
+            await answer_json(send, 404, {"detail": "Not Found"})
+            return
+        await self._generate(scope, receive, send, chat=False, native=True)
+
+    async def _generate(self, scope: Scope, receive: Receive, send: Send, chat: bool, native: bool = False) -> None:
         self.requests += 1
         raw = await body_of(receive)
         fault = self.faults.draw()
@@ -247,6 +265,8 @@ class EmulatedWorker:
             return
         try:
             body = json.loads(raw)
+            if native:
+                body = from_native(body) | {"model": self.options.models[0]}
             model = body.get("model")
             if model not in self.options.models:
                 await answer_json(send, 404, error(404, f"The model `{model}` does not exist."))
@@ -265,7 +285,8 @@ class EmulatedWorker:
         if leg is not None and self.options.role == "prefill":
             leg = Leg(True, leg.key, needs_decode_first=leg.needs_decode_first)
         headers = dict(scope["headers"])
-        says = Answer(headers.get(b"x-request-id", uuid4().hex.encode()).decode("latin-1"), str(model), chat)
+        request_id = headers.get(b"x-request-id", uuid4().hex.encode()).decode("latin-1")
+        says = NativeAnswer(request_id, jobs) if native else Answer(request_id, str(model), chat)
         run = Generation(self, says, jobs, leg, body, fault, scope["client"])
         try:
             await unless_gone(run.go(send), receive)
@@ -297,5 +318,11 @@ class EmulatedWorker:
         if self._cache is None:
             return 0
         hit = self._cache.hit_tokens(prompt.blocks, prompt.tokens)
-        self._cache.use(prompt.blocks)
+        first = next((place for place, block in enumerate(prompt.blocks) if block not in self._cache), None)
+        gone = self._cache.use(prompt.blocks)
+        if self.kv_events is not None:
+            stored = [] if first is None else [self.kv_events.stored(prompt, first)]
+            removed = [self.kv_events.removed(gone)] if gone else []
+            if stored or removed:
+                self.kv_events.publish(stored + removed)
         return hit
