@@ -5,15 +5,18 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from kairos.adapters.asgi import Headers, Receive, Scope, Send, answer, unless_gone
 from kairos.adapters.gateway import dialects
 from kairos.adapters.gateway.bodies import Body, read_body
 from kairos.adapters.gateway.calls import Call, Outcome
+from kairos.adapters.gateway.counting import TokenCounter
 from kairos.adapters.gateway.errors import CallError, EngineRefusal, error_body
-from kairos.adapters.gateway.instances import LiveInstance
+from kairos.adapters.gateway.instances import LiveInstance, PrefillSide
+from kairos.adapters.gateway.kv_events import token_blocks
 from kairos.adapters.gateway.metrics import GatewayMetrics
+from kairos.adapters.gateway.native import NativeBody
 from kairos.adapters.gateway.prefixes import block_ids
 from kairos.adapters.gateway.relay import Relay, Reply
 from kairos.adapters.gateway.scheduling import Scheduler
@@ -22,8 +25,10 @@ from kairos.adapters.gateway.trust import Trust, request_id_of, trace_headers
 from kairos.adapters.http_client import UpstreamError
 from kairos.scheduler_core.config import GatewaySettings
 
-_GENERATION = {"/v1/completions": False, "/v1/chat/completions": True}
+_GENERATION = {"/v1/completions": False, "/v1/chat/completions": True, "/generate": False}
 """Paths whose requests are ordered, and whether they are chats."""
+_NATIVE = "/generate"
+"""That of SGLang's own API."""
 
 _RELAYED = frozenset(
     {
@@ -55,6 +60,7 @@ class App:
     """The ASGI application.
 
     Args:
+        counters: of the models whose tokens are counted and not estimated.
         ended: told every request for tokens once, when it has ended, with its outcome and code.
         metrics_text: Prometheus text of everything.
     """
@@ -66,6 +72,7 @@ class App:
         scheduler: Scheduler,
         relay: Relay,
         tokens: TokenEstimates,
+        counters: Mapping[str, TokenCounter],
         metrics: GatewayMetrics,
         ended: Ended,
         metrics_text: Callable[[], str],
@@ -78,9 +85,12 @@ class App:
         self.others = 0
         """Requests of other paths that have not ended."""
         self.draining = False
+        self.divide: Callable[[Call, Headers], None] | None = None
+        """Says which half of the fleet a request belongs to, while an experiment divides it."""
         self._scheduler = scheduler
         self._relay = relay
         self._tokens = tokens
+        self.counters = counters
         self._metrics = metrics
         self._ended = ended
         self._metrics_text = metrics_text
@@ -156,19 +166,55 @@ class App:
             raise CallError(503, "shutting_down", "the gateway is ending", 1)
         identity = self.trust.identify(headers, _client(scope))
         raw = await read_body(receive, headers, self.settings.max_body_bytes, self.settings.timeouts.idle_s)
-        body = Body(raw)
+        body = NativeBody(raw, self._native_model()) if scope["path"] == _NATIVE else Body(raw)
         text = body.text(chat)
         number, path = next(self._numbers), scope["path"].encode()
         call = Call(number, request_id_of(headers), path, chat, body, text, arrival_s)
         self.trust.set_targets(call, identity, headers)
         call.trace_headers = trace_headers(headers)
+        if self.divide is not None:
+            self.divide(call, headers)
         call.total_deadline_s = arrival_s + self.settings.timeouts.total_s
         call.prompt_tokens = self._tokens.tokens(body.model, text)
-        if any(i.prefill is not None and i.prefill.index is not None for i in self._scheduler.instances.values()):
+        sides = self._scheduler.prefix_sides
+        if self.counters or sides:
+            await self._count(call, sides)
+        if any(side.index is not None for side in sides):
             prefix = body.prefix(chat)
             call.prompt_bytes = max(1, sum(map(len, prefix)))
             call.blocks = block_ids(prefix)
         return call
+
+    async def _count(self, call: Call, sides: Sequence[PrefillSide]) -> None:
+        """Count the tokens of a prompt where that can be done, and find their blocks."""
+        prompts: Sequence[Sequence[int]] | None = None
+        sizes = {side.kv_events.stored.block_tokens for side in sides if side.kv_events is not None} - {0}
+        if call.text.tokens:
+            prompts = call.body.token_prompts() if sizes else None
+        elif (counter := self.counters.get(call.model)) is not None:
+            prompts = await counter.tokens(call.body, call.chat)
+            if prompts is None:
+                self._metrics.uncounted[call.model] += 1
+            else:
+                media_tokens = call.text.media * self.settings.media_tokens
+                call.prompt_tokens = max(1, sum(map(len, prompts)) + media_tokens)
+        if prompts is not None and len(prompts) == 1 and not call.text.media and not call.body.is_salted:
+            adapter = call.model if call.model in self._adapters() else ""
+            call.token_blocks = {size: token_blocks(prompts[0], size, adapter) for size in sizes}
+
+    def _native_model(self) -> str:
+        """The model of SGLang engines where there is only one.
+
+        Raises:
+            CallError: there is no such engine.
+        """
+        found = {name for i in self._scheduler.instances.values() if i.engine == "sglang" for name in i.serves}
+        if not found:
+            raise CallError(404, "not_found", "no SGLang engine is behind this gateway; use /v1/completions")
+        return found.pop() if len(found) == 1 else ""
+
+    def _adapters(self) -> set[str]:
+        return {name for instance in self._scheduler.instances.values() for name in instance.group.adapters}
 
     def _learn(self, call: Call) -> None:
         """Take in what the engine counted."""

@@ -11,6 +11,7 @@ import msgspec
 
 from kairos.adapters.asgi import Headers, Receive
 from kairos.adapters.gateway.errors import CallError
+from kairos.adapters.gateway.stream import Relayed, Usage, usage_of
 
 _STRIPPED = frozenset(
     {
@@ -55,19 +56,24 @@ class Text(msgspec.Struct, frozen=True):
 class Body:
     """A parsed body.
 
+    Args:
+        model: the one that answers where it names none; empty: it must.
+
     Raises:
         CallError: it is no JSON object, or a field is not what it must be.
     """
 
     __slots__ = ("fields", "model", "stream", "wants_usage")
+    engine = ""
+    """The only one that takes such requests; empty: any."""
 
-    def __init__(self, raw: bytes) -> None:
+    def __init__(self, raw: bytes, model: str = "") -> None:
         try:
             fields = _decode_fields(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as problem:
             raise CallError(400, "invalid_json", f"the body is no JSON object: {problem}") from None
         self.fields: Fields = {name: value for name, value in fields.items() if name not in _STRIPPED}
-        self.model: str = self._field("model", str, "")
+        self.model: str = self._field("model", str, model) or model
         if not self.model:
             raise CallError(400, "model_missing", "model is missing; GET /v1/models lists them")
         self.stream: bool = self._field("stream", bool, False)
@@ -91,13 +97,27 @@ class Body:
         prompt = self.fields.get("messages" if chat else "prompt")
         return parts if prompt is None else [*parts, bytes(prompt)]
 
-    def max_tokens(self) -> int:
-        """The most tokens that it may produce; 0 where it does not say.
+    @property
+    def is_salted(self) -> bool:
+        """Whether its KV is not to be shared with other requests' (`cache_salt` of vLLM)."""
+        return "cache_salt" in self.fields
 
-        Raises:
-            CallError: it is no count.
-        """
-        return self._count("max_completion_tokens", 0) or self._count("max_tokens", 0)
+    def prompts(self) -> Any:
+        """The prompts as they came, which `text` has checked: text, tokens, or a list of either."""
+        return msgspec.json.decode(self.fields["prompt"])
+
+    def token_prompts(self) -> list[list[int]]:
+        """The prompts of a request whose prompts are tokens."""
+        prompts = self.prompts()
+        return prompts if isinstance(prompts[0], list) else [prompts]
+
+    def reader(self) -> Relayed:
+        """What reads the stream that answers it."""
+        return Relayed(keep_usage=self.wants_usage)
+
+    def usage_in(self, answer: bytes) -> Usage | None:
+        """The usage in an answer without streaming; None without one."""
+        return usage_of(answer)
 
     def prefill_leg(self, extra: Mapping[str, Any]) -> bytes:
         """The body for the prefill engine: one token, no stream, with other fields."""
@@ -120,7 +140,7 @@ class Body:
 
     # -- fields
 
-    def _field(self, name: str, kind: type[Any], default: Any) -> Any:
+    def _field(self, name: str, kind: type[Any] | tuple[type[Any], ...], default: Any) -> Any:
         raw = self.fields.get(name)
         if raw is None:
             return default
@@ -131,7 +151,8 @@ class Body:
         if value is None:
             return default
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise CallError(400, "invalid_field", f"{name} must be {_NAMES[kind]}")
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            raise CallError(400, "invalid_field", f"{name} must be {' or '.join(_NAMES[each] for each in kinds)}")
         return value
 
     def _count(self, name: str, default: int) -> int:
@@ -144,12 +165,7 @@ class Body:
         raw = self.fields.get("prompt")
         if raw is None:
             raise CallError(400, "prompt_missing", "prompt is missing")
-        if len(view := memoryview(raw)) and bytes(view[:1]) == b'"':
-            return Text(len(view) - 2, 0)
-        try:
-            return _listed(msgspec.json.decode(raw))
-        except msgspec.DecodeError as problem:
-            raise CallError(400, "invalid_json", f"prompt: {problem}") from None
+        return prompts_in(raw, "prompt")
 
     def _chat(self) -> Text:
         raw = self.fields.get("messages")
@@ -172,10 +188,27 @@ class Body:
         return Text(text_bytes, 0, media)
 
 
-_NAMES: dict[type[Any], str] = {str: "text", bool: "true or false", dict: "an object", int: "a whole number"}
+_NAMES: dict[type[Any], str] = {
+    **{str: "text", bool: "true or false", dict: "an object", int: "a whole number", list: "a list"},
+    object: "anything",
+}
 
 
-def _listed(prompt: object) -> Text:
+def prompts_in(raw: msgspec.Raw, name: str) -> Text:
+    """How long a prompt, or several, is that a field holds.
+
+    Raises:
+        CallError: it is of no known form.
+    """
+    if len(view := memoryview(raw)) and bytes(view[:1]) == b'"':
+        return Text(len(view) - 2, 0)
+    try:
+        return _listed(msgspec.json.decode(raw), name)
+    except msgspec.DecodeError as problem:
+        raise CallError(400, "invalid_json", f"{name}: {problem}") from None
+
+
+def _listed(prompt: object, name: str) -> Text:
     """Prompts of tokens, or several prompts."""
     if isinstance(prompt, list) and prompt:
         if all(type(item) is int for item in prompt):
@@ -184,7 +217,7 @@ def _listed(prompt: object) -> Text:
             return Text(sum(len(item.encode()) for item in prompt), 0, sequences=len(prompt))
         if all(isinstance(item, list) and all(type(token) is int for token in item) for item in prompt):
             return Text(0, sum(map(len, prompt)), sequences=len(prompt))
-    raise CallError(400, "invalid_field", "prompt must be text, a list of tokens, or a list of either")
+    raise CallError(400, "invalid_field", f"{name} must be text, a list of tokens, or a list of either")
 
 
 def _parts(messages: object) -> list[object]:

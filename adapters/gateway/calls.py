@@ -44,6 +44,7 @@ class Call:
         "failed_on",
         "first_token_s",
         "grant",
+        "half",
         "interruption",
         "last_token_s",
         "met",
@@ -55,10 +56,13 @@ class Call:
         "prompt_bytes",
         "prompt_tokens",
         "request_id",
+        "session",
         "slo_class",
+        "strategy",
         "task",
         "tenant",
         "text",
+        "token_blocks",
         "total_deadline_s",
         "tpot_target_s",
         "trace_headers",
@@ -87,6 +91,9 @@ class Call:
         self.prompt_tokens = 1
         self.prompt_bytes = 1
         self.blocks: list[int] = []
+        """Of its bytes, where an index of what was sent is kept."""
+        self.token_blocks: dict[int, list[bytes]] = {}
+        """Of its tokens, where engines tell of theirs and its tokens are known; by the tokens of a block."""
         self.turn: asyncio.Future[None] | None = None
         """Resolved when an instance takes it; its exception when none will."""
         self.task: asyncio.Task[None] | None = None
@@ -116,6 +123,12 @@ class Call:
         self.usage: Usage | None = None
         self.expected_cached_tokens = 0
         self.predicted_ttft_s: float | None = None
+        self.strategy = ""
+        """What decided about it when it arrived."""
+        self.session = ""
+        """A hash of its session, while an experiment divides the fleet by sessions."""
+        self.half = 0
+        """Of the fleet, that its session goes to."""
         self.decision_us = 0.0
         self.met: Met | None = None
 

@@ -8,25 +8,30 @@ import logging
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable
 
-from kairos.adapters.control_plane import ControlPlane, NewStepTimes, NewStrategy
+import msgspec
+
+from kairos.adapters.control_plane import ControlPlane, NewStepTimes
+from kairos.adapters.dataplane.arms import Active
+from kairos.adapters.dataplane.reports import SlotReport
 from kairos.adapters.gateway.calls import Call, Met, Outcome
 from kairos.scheduler_core.config import ControlPlane as Settings
 from kairos.scheduler_core.domain import Profile
 from kairos.scheduler_core.slo import NO_TARGET_S, tpot_s
 from kairos.scheduler_core.telemetry import RequestRow, RequestStatus
 
-PERIOD_S = 2.0
+PERIOD_S = 1.0
+"""So that another strategy is in force within two seconds, however long the answer takes."""
 
 _log = logging.getLogger(__name__)
 
-News = NewStrategy | NewStepTimes
+News = Active | NewStepTimes
+_active = msgspec.json.Decoder(Active)
 
 
 class ControlLink:
-    """Speaks with the control plane every two seconds.
+    """Speaks with the control plane every second.
 
     Args:
         profiles: of the fleet, at least one.
@@ -36,7 +41,7 @@ class ControlLink:
     def __init__(self, settings: Settings, profiles: list[Profile], take: Callable[[News], None]) -> None:
         key = settings.key.get_secret_value() if settings.key else ""
         run = f"gateway-{socket.gethostname()}-{os.getpid()}-{os.urandom(4).hex()}"
-        self.plane = ControlPlane(settings.url, profiles[0], run, key, profiles[1:])
+        self.plane = ControlPlane(settings.url, profiles[0], run, key, profiles[1:], self._hear)
         self._take = take
         self._loop = asyncio.get_running_loop()
         self._ending = threading.Event()
@@ -48,6 +53,15 @@ class ControlLink:
         """Send what is left, for at most a few seconds."""
         self._ending.set()
         await asyncio.to_thread(self._thread.join, 5.0)
+
+    def report(self, experiment: str, report: SlotReport) -> None:
+        """Send what is known of a slot of an experiment with the next exchange."""
+        path = f"/experiments/{experiment}/reports/{self.plane.run}"
+        self.plane.note_document(f"{experiment} {report.slot_start_s}", path, msgspec.json.encode(report))
+
+    def _hear(self, answer: bytes) -> None:
+        """Hand on what is active: even an answer that says nothing new says that the control plane is there."""
+        self._loop.call_soon_threadsafe(self._take, _active.decode(answer))
 
     def _run(self) -> None:
         while not self._ending.is_set():
@@ -67,7 +81,9 @@ class ControlLink:
 
     def _take_up(self) -> None:
         while self.plane.news:
-            self._take(self.plane.news.popleft())
+            news = self.plane.news.popleft()
+            assert isinstance(news, NewStepTimes)  # strategies are heard
+            self._take(news)
 
 
 _STATUS: dict[Outcome, RequestStatus] = {
@@ -79,8 +95,8 @@ _STATUS: dict[Outcome, RequestStatus] = {
 _NOTHING_MET = Met(0, 0, 0, 0, 0.0)
 
 
-def request_row(call: Call, outcome: Outcome, strategy: str, profile: Profile, model_version: str) -> RequestRow:
-    """A request that has ended, as telemetry."""
+def request_row(call: Call, outcome: Outcome, profile: Profile, model_version: str, arrived_at_s: float) -> RequestRow:
+    """A request that has ended, as telemetry; its arrival is on the control plane's clock."""
     met = call.met or _NOTHING_MET
     usage = call.usage
     prompt_tokens = usage.prompt_tokens if usage is not None and usage.prompt_tokens else call.prompt_tokens
@@ -109,12 +125,14 @@ def request_row(call: Call, outcome: Outcome, strategy: str, profile: Profile, m
         tp=profile.tp,
         ep=profile.ep,
         engine=profile.engine,
-        arrived_at_s=time.time() - (time.monotonic() - call.arrival_s),
+        arrived_at_s=arrived_at_s,
         status=_STATUS[outcome],
         ttft_target_ms=_ms(call.ttft_target_s),
         tpot_target_ms=_ms(call.tpot_target_s),
         wait_ms=max(call.dispatch_s - call.arrival_s, 0.0) * 1e3 if call.dispatch_s else None,
-        strategy=strategy,
+        strategy=call.strategy,
+        session=call.session,
+        pool=call.half if call.session else None,  # type: ignore[arg-type]  # 0 or 1
         prefill_instance=call.prefill.instance_id if call.prefill else "",
         decode_instance=call.decode.instance_id if call.decode else "",
     )

@@ -6,14 +6,15 @@ import ssl
 import time
 from collections.abc import Coroutine, Iterator
 
-import msgspec
-
 from kairos.adapters.asgi_server import AsgiServer
-from kairos.adapters.control_plane import NewStrategy
+from kairos.adapters.control_plane import NewStepTimes
+from kairos.adapters.dataplane.reports import SlotReport
 from kairos.adapters.gateway.app import App
 from kairos.adapters.gateway.calls import Call, Outcome
 from kairos.adapters.gateway.control import ControlLink, News, request_row
+from kairos.adapters.gateway.counting import TokenCounter
 from kairos.adapters.gateway.errors import CallError
+from kairos.adapters.gateway.experiments import Player
 from kairos.adapters.gateway.fleet import Member, StepTimesOf, instance_of, members_of
 from kairos.adapters.gateway.health import Health
 from kairos.adapters.gateway.instances import LiveInstance, State
@@ -56,6 +57,7 @@ class Gateway:
             self.scheduler,
             self.relay,
             TokenEstimates(gateway.media_tokens),
+            _counters_of(gateway),
             self.metrics,
             self._ended,
             self._metrics_text,
@@ -69,7 +71,10 @@ class Gateway:
         self.control: ControlLink | None = None
         self._model_versions: dict[str, str] = {}
         """Of the models that were pulled, by profile id."""
-        self._strategy_pulled = False
+        key = settings.service.schedule_key
+        self.player = Player(
+            strategy, key.get_secret_value().encode() if key else b"", self.scheduler, self.app.calls, self._report
+        )
 
     async def start(self) -> None:
         """Look for the engines, then listen; requests are taken as soon as an engine is well.
@@ -84,6 +89,7 @@ class Gateway:
         if self.settings.gateway.control_plane is not None:
             profiles = {m.group.profile: self._profile(m.group.profile) for m in self._members.values()}
             self.control = ControlLink(self.settings.gateway.control_plane, list(profiles.values()), self._take)
+            self._in_background(self.player.run())
         if any(group.url and group.url.startswith("dns+") for _, _, group in self.settings.fleet.groups()):
             self._in_background(self._resolve())
 
@@ -98,7 +104,7 @@ class Gateway:
             await self.control.close()
         for instance in list(self.scheduler.instances.values()):
             await self.health.forget(instance)
-            instance.http.close()
+            instance.close()
 
     async def reload(self, settings: Settings) -> None:
         """Go on with other settings: fleet, strategy, SLO classes, keys, timeouts, certificate; not host and port.
@@ -109,6 +115,7 @@ class Gateway:
         strategy = settings.strategies[settings.active].as_strategy(settings.active).check()
         members = await members_of(settings, self._members.values())
         trust = Trust(settings.gateway, settings.slo)
+        counters = await asyncio.to_thread(_counters_of, settings.gateway)
         before, self.settings = self.settings, settings
         try:
             await self._bring_fleet_to(members)
@@ -116,10 +123,10 @@ class Gateway:
             self.settings = before
             raise
         self.app.trust = trust
+        self.app.counters = counters
         self.app.settings = settings.gateway
         self.relay.timeouts = settings.gateway.timeouts
-        if strategy != self.scheduler.decider.strategy and not self._strategy_pulled:
-            self.scheduler.adopt(strategy)
+        self.player.configure(strategy)
         if self._listener_tls is not None and settings.gateway.tls is not None:
             self._listener_tls.load_cert_chain(settings.gateway.tls.certificate, settings.gateway.tls.key)
 
@@ -127,15 +134,19 @@ class Gateway:
 
     def _take(self, news: News) -> None:
         """Go on with a strategy or a model that was pulled."""
-        if isinstance(news, NewStrategy):
-            self.scheduler.adopt(msgspec.structs.replace(news.strategy, name=news.known_as))
-            self._strategy_pulled = True
+        if not isinstance(news, NewStepTimes):
+            self.player.hear(news)
+            self.app.divide = self.player.divide if self.player.divides else None
             return
         self._model_versions[news.profile_id] = news.version
         for instance in self.scheduler.instances.values():
             if self._profile(instance.group.profile).profile_id == news.profile_id:
                 instance.predict_with(news.step_times)
         self.scheduler.rebuild()
+
+    def _report(self, experiment: str, report: SlotReport) -> None:
+        if self.control is not None:
+            self.control.report(experiment, report)
 
     def _profile(self, name: str) -> Profile:
         return self.settings.profiles[name].as_profile()
@@ -150,6 +161,7 @@ class Gateway:
         for instance, member in zip(instances, fresh, strict=True):
             self._members[instance.instance_id] = member
             self.scheduler.instances[instance.instance_id] = instance
+            instance.open()
             self.health.watch(instance)
         for name, member in known.items():
             if wanted.get(member.url) != member:
@@ -176,11 +188,13 @@ class Gateway:
         self.scheduler.rebuild()
         while instance.requests:
             await asyncio.sleep(_SWEEP_S)
-        instance.http.close()
+        instance.close()
 
     def _changed(self, instance: LiveInstance) -> None:
         self.scheduler.rebuild()
+        self.player.turn()  # a fleet that loses an instance may not be divided any more
         if instance.state is State.DOWN:  # one that hangs would keep its requests until their time is over
+            self.player.lost(instance)
             for call in self._calls_on(instance):
                 call.interrupt(CallError(502, "engine_lost", "the engine does not answer any more", may_retry=True))
 
@@ -225,12 +239,13 @@ class Gateway:
 
     def _ended(self, call: Call, outcome: Outcome, code: str) -> None:
         self.metrics.ended(call, outcome, code)
+        self.player.ended(call, outcome)
         if self.control is not None:
             serving = call.prefill or next((i for i in self.scheduler.instances.values() if i.prefill), None)
             profile = self._profile(serving.group.profile) if serving else Profile("", call.model)
             version = self._model_versions.get(profile.profile_id, "")
-            strategy = self.scheduler.decider.strategy.name
-            self.control.plane.note_request(request_row(call, outcome, strategy, profile, version))
+            arrived_at_s = self.player.at(call.arrival_s)
+            self.control.plane.note_request(request_row(call, outcome, profile, version, arrived_at_s))
 
     def _metrics_text(self) -> str:
         return exposition(self.metrics, self._gauges())
@@ -241,8 +256,9 @@ class Gateway:
         yield "kairos_gateway_running", "requests that have not ended", (), len(self.app.calls) + self.app.others
         yield "kairos_gateway_client_connections", "open connections of clients", (), self.server.connections
         yield "kairos_gateway_retries_total", "requests that were tried once more", (), self.relay.retries
-        strategy = (("strategy", scheduler.decider.strategy.name),)
-        yield "kairos_gateway_strategy", "the strategy in force", strategy, 1
+        for name in {decider.strategy.name for decider in scheduler.deciders}:
+            text = "the strategy in force, or those of both halves of the fleet"
+            yield "kairos_gateway_strategy", text, (("strategy", name),), 1
         for policy, count in scheduler.fallbacks.items():
             text = "decisions in which a policy was replaced"
             yield "kairos_gateway_fallbacks_total", text, (("policy", policy),), count
@@ -253,10 +269,27 @@ class Gateway:
             plane = self.control.plane
             age_s = float("inf") if plane.reached_s is None else time.time() - plane.reached_s
             yield "kairos_gateway_control_plane_age_seconds", "since it answered", (), age_s
+            if experiment := self.player.experiment:
+                yield "kairos_gateway_experiment", "the one it takes part in", (("experiment", experiment),), 1
+            plane.counts["refused strategies"] = self.player.refused
             for what, count in sorted(plane.counts.items()):
                 name, text = "kairos_gateway_control_plane_total", "rows and answers, by what became of them"
                 yield name, text, (("what", what),), count
         yield from instance_gauges(scheduler.instances.values())
+        told = [(i.instance_id, i.prefill.kv_events) for i in scheduler.instances.values() if i.prefill]
+        readers = [(instance_id, reader) for instance_id, reader in told if reader is not None]
+        for instance_id, reader in readers:
+            text = "blocks in its KV cache, by its events"
+            yield "kairos_gateway_kv_blocks", text, (("instance", instance_id),), len(reader.stored)
+        for instance_id, reader in readers:
+            for what, count in sorted(reader.counts.items()):
+                labels = (("instance", instance_id), ("what", what))
+                yield "kairos_gateway_kv_events_total", "batches of KV events", labels, count
+
+
+def _counters_of(gateway: GatewaySettings) -> dict[str, TokenCounter]:
+    by_folder = {folder: TokenCounter(folder) for folder in set(gateway.tokenizers.values())}
+    return {model: by_folder[folder] for model, folder in gateway.tokenizers.items()}
 
 
 def _listener_tls(gateway: GatewaySettings) -> ssl.SSLContext | None:

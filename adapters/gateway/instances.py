@@ -6,6 +6,7 @@ from enum import StrEnum
 import msgspec
 
 from kairos.adapters.gateway.calls import Call
+from kairos.adapters.gateway.kv_events import KvEventReader
 from kairos.adapters.gateway.prefixes import PrefixIndex
 from kairos.adapters.http_client import HttpPool
 from kairos.scheduler_core.config import (
@@ -47,11 +48,19 @@ class State(StrEnum):
 class PrefillSide:
     """An instance as one that computes prompts."""
 
-    def __init__(self, instance: PrefillInstance, limit: int, index: PrefixIndex | None) -> None:
+    def __init__(
+        self,
+        instance: PrefillInstance,
+        limit: int,
+        index: PrefixIndex | None,
+        kv_events: KvEventReader | None,
+    ) -> None:
         self.instance = instance
         self.limit = limit
         """Prompts that may be there at a time."""
         self.index = index
+        """What was sent there; None: it keeps no prefixes, or tells of them itself."""
+        self.kv_events = kv_events
         self.lane: PrefillLane
         self.group: object = None
         self.flights: dict[int, float] = {}
@@ -64,6 +73,20 @@ class PrefillSide:
     def free_at_s(self) -> float:
         """Predicted end of all that is there, which is that of the last one sent; 0 when there is nothing."""
         return next(reversed(self.flights.values()), 0.0)
+
+    @property
+    def knows_prefixes(self) -> bool:
+        """Whether requests see another prefix cache here than elsewhere."""
+        return self.index is not None or self.kv_events is not None
+
+    def cached_tokens(self, call: Call) -> int:
+        """Prompt tokens of a request that are thought to be in its KV cache; at least one is always computed."""
+        if self.kv_events is not None and call.token_blocks:
+            stored = self.kv_events.stored
+            return min(stored.hit_tokens(call.token_blocks.get(stored.block_tokens, ())), call.prompt_tokens - 1)
+        if self.index is not None:
+            return self.index.hit_tokens(call.blocks, call.prompt_bytes, call.prompt_tokens)
+        return 0
 
     def has_room(self) -> bool:
         """Whether one more may be sent."""
@@ -160,6 +183,7 @@ class LiveInstance:
     """One engine.
 
     Args:
+        instance_id: its role and a number, `prefill-0`.
         group: of the configuration.
         serves: the models it answers to, adapters included.
     """
@@ -175,6 +199,8 @@ class LiveInstance:
         key: str,
     ) -> None:
         self.instance_id = instance_id
+        self.half = int(instance_id.rpartition("-")[2]) % 2
+        """Of the fleet, where an experiment divides it: every other instance of a role."""
         self.role = role
         self.group = group
         self.serves = serves
@@ -194,7 +220,7 @@ class LiveInstance:
         """Requests of other paths that are there."""
         control = group.control if group.control is Control.GATEWAY_PRIORITY else Control.GATEWAY
         self.passes_priority = control is Control.GATEWAY_PRIORITY
-        self.prefill = _prefill_side(instance_id, group, step_times, control)
+        self.prefill = _prefill_side(instance_id, group, step_times, control, http.host)
         self.decode = _decode_side(instance_id, group, step_times, control)
 
     def predict_with(self, step_times: StepTimes) -> None:
@@ -203,6 +229,17 @@ class LiveInstance:
             self.prefill.instance = msgspec.structs.replace(self.prefill.instance, step_times=step_times)
         if self.decode is not None:
             self.decode.instance = msgspec.structs.replace(self.decode.instance, step_times=step_times)
+
+    def open(self) -> None:
+        """Hear what it says of its cache."""
+        if self.prefill is not None and self.prefill.kv_events is not None:
+            self.prefill.kv_events.start()
+
+    def close(self) -> None:
+        """End the connections to it."""
+        self.http.close()
+        if self.prefill is not None and self.prefill.kv_events is not None:
+            self.prefill.kv_events.close()
 
     @property
     def bootstrap_port(self) -> int:
@@ -231,12 +268,16 @@ class LiveInstance:
         return prefill + (self.decode.requests if self.decode else 0) + self.relayed
 
 
-def _prefill_side(instance_id: str, group: Group, times: StepTimes, control: Control) -> PrefillSide | None:
+def _prefill_side(instance_id: str, group: Group, times: StepTimes, control: Control, host: str) -> PrefillSide | None:
     if not isinstance(group, ComputesPrompts):
         return None
     instance = PrefillInstance(instance_id, times, group.chunk_tokens, group.max_requests_per_step, control)
     index = PrefixIndex(group.kv_tokens) if group.prefix_cache and group.kv_tokens else None
-    return PrefillSide(instance, group.in_flight, index)
+    kv_events = None
+    if group.kv_events_port is not None:
+        replay = "" if group.kv_replay_port is None else f"tcp://{host}:{group.kv_replay_port}"
+        kv_events = KvEventReader(f"tcp://{host}:{group.kv_events_port}", replay)
+    return PrefillSide(instance, group.in_flight, index, kv_events)
 
 
 def _decode_side(instance_id: str, group: Group, times: StepTimes, control: Control) -> DecodeSide | None:

@@ -55,6 +55,8 @@ class GatewayMetrics:
         self.relayed = Counter[str]()
         """Requests of other paths, by path."""
         self.reloads = Counter[str]()
+        self.uncounted = Counter[str]()
+        """Prompts that a tokenizer or its chat template did not take, by model."""
 
     def ended(self, call: Call, outcome: Outcome, code: str) -> None:
         """Count a request."""
@@ -97,6 +99,11 @@ def exposition(metrics: GatewayMetrics, gauges: Iterable[tuple[str, str, Labels,
             "kairos_gateway_relayed_total",
             "requests of paths that are not ordered",
             [((("path", path),), n) for path, n in metrics.relayed.items()],
+        ),
+        (
+            "kairos_gateway_uncounted_total",
+            "prompts that the tokenizer or its chat template did not take",
+            [((("model", model),), n) for model, n in metrics.uncounted.items()],
         ),
         (
             "kairos_gateway_reloads_total",

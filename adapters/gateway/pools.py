@@ -19,26 +19,33 @@ class Pool:
 
     Args:
         serves: models that can be served from the prompt to the last token.
-        shares_queue: whether requests wait unbound as a rule: placement `late`.
+        engine: theirs.
+        decider: decides about their requests.
+        half: of the fleet that they belong to; 0 where it is not divided.
     """
 
-    def __init__(self, serves: frozenset[str], mixed: bool, shares_queue: bool) -> None:
+    def __init__(self, serves: frozenset[str], mixed: bool, engine: str, decider: Decider, half: int) -> None:
         self.serves = serves
         self.mixed = mixed
-        self._shares_queue = shares_queue
+        self.engine = engine
+        self.decider = decider
+        self.half = half
+        self._shares_queue = decider.strategy.prefill_placement.name == "late"
+        """Whether requests wait unbound as a rule."""
         self.instances: list[LiveInstance] = []
         self.shared: dict[object, WaitingQueue] = {}
         """The unbound requests, as each group of instances that predict alike sees them."""
         self.waiting_s = 0.0
         """Predicted prefill seconds of all that waits."""
 
-    def open(self, decider: Decider, kept: Set[str]) -> None:
+    def open(self, kept: Set[str]) -> None:
         """Give every instance its lane; those in `kept` go on with the guard and the policy that they have."""
+        decider = self.decider
         sides = [side_of(instance) for instance in self.instances]
         known = [side.lane for side in sides if side.instance.instance_id in kept]
         shared_rule = known[0].rule if known else decider.prefill_rule()
         for side in sides:
-            own_cache = None if side.index is None else side.instance.instance_id
+            own_cache = side.instance.instance_id if side.knows_prefixes else None
             side.group = (id(side.instance.step_times), side.instance.chunk_tokens, own_cache)
             queue = self.shared.setdefault(side.group, WaitingQueue()) if len(sides) > 1 else None
             old = side.lane if side.instance.instance_id in kept else None
@@ -125,7 +132,7 @@ class Pool:
             if instance is not asking:
                 free_at_s = now_s if side.has_room() else next(iter(side.flights.values()))
                 seconds = None if side.group == asking_side.group else self._seconds_on(side)
-                saved = None if side.index is None else self._saved_on(side, asking_side)
+                saved = self._saved_on(side, asking_side) if side.knows_prefixes else None
                 peers.append(Peer(instance.instance_id, free_at_s, side.lane.own.by_deadline, seconds, saved))
         return peers
 
@@ -150,14 +157,14 @@ class Pool:
 
         return saved_s
 
-    def predicted_ttft_s(self, decider: Decider, views: Views, now_s: float) -> float:
+    def predicted_ttft_s(self, views: Views, now_s: float) -> float:
         """TTFT of an arriving request behind what the policy puts before it, on its best instance."""
         best_s = float("inf")
         for instance in self.instances:
             side, request = side_of(instance), views[instance.instance_id]
             lane = side.lane
             lane.own.add(request, now_s)
-            order = decider.prefill_order(lane, now_s, self.peers(instance, now_s))
+            order = self.decider.prefill_order(lane, now_s, self.peers(instance, now_s))
             lane.own.remove(request.request_id)
             servers = len(self.instances) if self._shares_queue else 1
             ahead_s = 0.0
@@ -183,7 +190,7 @@ def side_of(instance: LiveInstance) -> PrefillSide:
 
 def waiting_of(call: Call, side: PrefillSide) -> Waiting:
     """A request as an instance sees it."""
-    cached = 0 if side.index is None else side.index.hit_tokens(call.blocks, call.prompt_bytes, call.prompt_tokens)
+    cached = side.cached_tokens(call) if side.knows_prefixes else 0
     instance = side.instance
     prefill_s = instance.step_times.remaining_prefill_s(call.prompt_tokens - cached, cached, instance.chunk_tokens)
     return Waiting(

@@ -16,7 +16,6 @@ from kairos.adapters.gateway.errors import CallError, EngineRefusal, error_body,
 from kairos.adapters.gateway.instances import DecodeSide, LiveInstance
 from kairos.adapters.gateway.leases import KvGrant, expired_error
 from kairos.adapters.gateway.scheduling import Scheduler
-from kairos.adapters.gateway.stream import Relayed, usage_of
 from kairos.adapters.http_client import Response, UpstreamError
 from kairos.scheduler_core.config import Timeouts
 from kairos.scheduler_core.slo import NO_TARGET_S
@@ -177,6 +176,8 @@ class Relay:
         response = await self._ask(call, prefill, dialects.nixl_prefill(call, prefill))
         body = await self._body(call, response, prefill)
         params, call.usage = dialects.nixl_params(body)
+        if call.usage is not None and call.usage.prompt_tokens:
+            call.prompt_tokens = call.usage.prompt_tokens  # by the engine's count from here on
         now_s = time.monotonic()
         call.grant = KvGrant(params, self._lease_s, now_s)
         self._scheduler.prefill_ended(call)
@@ -255,7 +256,7 @@ class Relay:
             if response.status != 200 or not call.body.stream:
                 body = await self._body(call, response, instance)
                 self._first_token(call, side)
-                call.usage = usage_of(body) or call.usage
+                call.usage = call.body.usage_in(body) or call.usage
                 call.output_tokens = call.usage.completion_tokens or 0 if call.usage else 0
                 call.last_token_s = call.first_token_s
                 await reply.whole(200, body)
@@ -267,7 +268,7 @@ class Relay:
     async def _stream(
         self, call: Call, response: Response, instance: LiveInstance, side: DecodeSide, reply: Reply
     ) -> None:
-        relayed = Relayed(keep_usage=call.body.wants_usage)
+        relayed = call.body.reader()
         held = b""
         while True:
             try:

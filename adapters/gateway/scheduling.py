@@ -7,10 +7,11 @@ counts as load at once. Everything runs in the event loop's thread; nothing here
 import time
 from collections import Counter
 from collections.abc import Callable, Set
+from typing import NamedTuple
 
 from kairos.adapters.gateway.calls import Call, Met
 from kairos.adapters.gateway.errors import CallError
-from kairos.adapters.gateway.instances import DecodeSide, LiveInstance, resident_of
+from kairos.adapters.gateway.instances import DecodeSide, LiveInstance, PrefillSide, resident_of
 from kairos.adapters.gateway.pools import Pool, Views, side_of, waiting_of
 from kairos.scheduler_core.config import Guards
 from kairos.scheduler_core.decider import Decider
@@ -20,6 +21,16 @@ from kairos.scheduler_core.strategy import Strategy, not_applied
 
 _SOON_S = 1
 """Retry-After where nothing better is known."""
+
+
+class Decided(NamedTuple):
+    """A prompt that was sent to an instance."""
+
+    at_s: float
+    took_us: float
+    """All decisions about it so far."""
+    half: int
+    strategy: str
 
 
 class Scheduler:
@@ -37,24 +48,42 @@ class Scheduler:
         self._guards = guards
         self._clock = clock
         self._max_waiting = max_waiting
-        self.decider = Decider(strategy, guards.deferred_share, guards.decision_budget_s)
+        self.deciders = [self._decider(strategy)]
+        """One for the whole fleet, or one for each half of it."""
+        self.decided: list[Decided] | None = None
+        """What was decided, for who wants to know and empties it."""
         self.instances: dict[str, LiveInstance] = {}
         self.waiting: dict[int, Call] = {}
         """By number, so in order of arrival."""
         self.pools: list[Pool] = []
+        self.prefix_sides: list[PrefillSide] = []
+        """Those whose prefix caches are known, by what was sent there or by their own word."""
         self._fallbacks_before = Counter[str]()
         self._dispatches = 0
 
     @property
+    def decider(self) -> Decider:
+        """Of the whole fleet, or of its first half."""
+        return self.deciders[0]
+
+    def decider_of(self, half: int) -> Decider:
+        """What decides in a half of the fleet, or in the fleet where it is not divided."""
+        return self.deciders[half % len(self.deciders)]
+
+    def _decider(self, strategy: Strategy) -> Decider:
+        return Decider(strategy, self._guards.deferred_share, self._guards.decision_budget_s)
+
+    @property
     def fallbacks(self) -> Counter[str]:
         """Decisions in which arrival order or the least load replaced a policy, by policy and error."""
-        return self._fallbacks_before + self.decider.validity.fallbacks
+        return sum((decider.validity.fallbacks for decider in self.deciders), self._fallbacks_before)
 
     def notes(self) -> list[str]:
         """What the strategy asks for that a gateway cannot carry out."""
         prefill = [i.prefill.instance.control for i in self.instances.values() if i.prefill]
         decode = [i.decode.instance.control for i in self.instances.values() if i.decode]
-        return not_applied(self.decider.strategy, prefill, decode)
+        notes = [note for decider in self.deciders for note in not_applied(decider.strategy, prefill, decode)]
+        return list(dict.fromkeys(notes))
 
     # -- the fleet and the strategy
 
@@ -65,28 +94,49 @@ class Scheduler:
         """
         self._lay_out({instance.instance_id for pool in self.pools for instance in pool.instances})
 
-    def adopt(self, strategy: Strategy) -> None:
-        """Decide by another strategy from now on.
+    def adopt(self, *strategies: Strategy) -> None:
+        """Decide from now on by another strategy, or by one in each half of the fleet; by those in force goes on.
 
         Raises:
-            UnknownPolicyError, ConfigError: it cannot be built; the old one stays.
+            UnknownPolicyError, ConfigError: one cannot be built; the old ones stay.
         """
-        decider = Decider(strategy, self._guards.deferred_share, self._guards.decision_budget_s)
-        self._fallbacks_before += self.decider.validity.fallbacks
-        self.decider = decider
-        self._lay_out(set())
+        before = self.deciders
+        if [decider.strategy for decider in before] == list(strategies):
+            return
+        as_before = before if len(before) == len(strategies) else ()
+        deciders = [self._decider(strategy) for strategy in strategies]
+        for half, old in enumerate(as_before):
+            if old.strategy == strategies[half]:
+                deciders[half] = old
+        for old in before:
+            if old not in deciders:
+                self._fallbacks_before += old.validity.fallbacks
+        kept = {i.instance_id for pool in self.pools if pool.decider in deciders for i in pool.instances}
+        self.deciders = deciders
+        self._lay_out(kept)
+
+    def can_halve(self) -> bool:
+        """Whether each half of the fleet serves all that the fleet does."""
+        whole, *halves = (
+            frozenset[str]().union(*(self._servable(i, divided) for i in self.instances.values() if i.half in which))
+            for divided, which in ((False, (0, 1)), (True, (0,)), (True, (1,)))
+        )
+        return bool(whole) and all(half == whole for half in halves)
 
     def _lay_out(self, kept: Set[str]) -> None:
-        pools: dict[tuple[frozenset[str], bool], Pool] = {}
-        shares_queue = self.decider.strategy.prefill_placement.name == "late"
+        pools: dict[tuple[int, frozenset[str], bool, str], Pool] = {}
+        divided = len(self.deciders) > 1
         for instance in self.instances.values():
-            if serves := self._servable(instance):
-                mixed = instance.role == "mixed"
-                pool = pools.setdefault((serves, mixed), Pool(serves, mixed, shares_queue))
+            if serves := self._servable(instance, divided):
+                mixed, half = instance.role == "mixed", instance.half if divided else 0
+                key = half, serves, mixed, instance.engine
+                pool = pools.setdefault(key, Pool(serves, mixed, instance.engine, self.decider_of(half), half))
                 pool.instances.append(instance)
         self.pools = list(pools.values())
+        sides = [instance.prefill for pool in self.pools for instance in pool.instances if instance.prefill is not None]
+        self.prefix_sides = [side for side in sides if side.knows_prefixes]
         for pool in self.pools:
-            pool.open(self.decider, kept)
+            pool.open(kept)
         for call in sorted(self.waiting.values(), key=lambda call: call.number):
             try:
                 pool = self._pool(call)
@@ -96,7 +146,7 @@ class Scheduler:
                 _resolve(call, problem)
         self.stir()
 
-    def _servable(self, instance: LiveInstance) -> frozenset[str]:
+    def _servable(self, instance: LiveInstance, divided: bool) -> frozenset[str]:
         """Models that prompts sent there can be served for, to their last token."""
         if not instance.is_ready or instance.prefill is None:
             return frozenset()
@@ -104,7 +154,8 @@ class Scheduler:
             return instance.serves
         decodes: set[str] = set()
         for other in self.instances.values():
-            if other.role == "decode" and other.is_ready and other.handshake == instance.handshake:
+            pairs = other.handshake == instance.handshake and (not divided or other.half == instance.half)
+            if other.role == "decode" and other.is_ready and pairs:
                 decodes |= other.serves
         return instance.serves & decodes
 
@@ -116,13 +167,15 @@ class Scheduler:
         Raises:
             CallError: it is refused.
         """
+        decider = self.decider_of(call.half)
+        call.strategy = decider.strategy.name
         pool = self._pool(call)
         if len(self.waiting) >= self._max_waiting:
             raise CallError(429, "too_many_waiting", f"{self._max_waiting} requests wait already", _SOON_S)
         now_s = self._clock()
         started_ns = time.perf_counter_ns()
         views = pool.views(call)
-        if not self.decider.accepts_all:
+        if not decider.accepts_all:
             self._admit(pool, views, now_s)
         call.predicted_ttft_s = now_s - call.arrival_s + pool.roughly_s(views, now_s)
         self._let_wait(call, pool, views)
@@ -154,7 +207,7 @@ class Scheduler:
                 while side.has_room() and side.lane.waits():
                     now_s = self._clock()
                     started_ns = time.perf_counter_ns()
-                    decision = self.decider.next_prefill(side.lane, now_s, pool.peers(instance, now_s))
+                    decision = pool.decider.next_prefill(side.lane, now_s, pool.peers(instance, now_s))
                     if decision is None:
                         break
                     self._dispatch(pool, instance, decision, now_s, started_ns)
@@ -167,7 +220,7 @@ class Scheduler:
         side = instance.prefill
         tokens = side.tokens[call.number]
         seconds = side.end(call, self._clock())
-        self.decider.prefill_ended(side.lane, seconds, tokens, [call.number])
+        self.decider_of(instance.half).prefill_ended(side.lane, seconds, tokens, [call.number])
         self.stir()
 
     def place_decode(self, call: Call) -> DecodeSide:
@@ -188,13 +241,15 @@ class Scheduler:
         ]
         if not able:
             raise CallError(503, "no_instance", "no decode instance answers", _SOON_S)
+        if len(self.deciders) > 1:
+            able = [instance for instance in able if instance.half == call.half] or able
         able = [instance for instance in able if instance.instance_id not in call.failed_on] or able
         started_ns = time.perf_counter_ns()
         place = able[0]
         if len(able) > 1:
             loads = [instance.decode.load() for instance in able if instance.decode is not None]
             now_s = self._clock()
-            name = self.decider.place_decode(DecodePlacementView(now_s, resident_of(call, now_s), loads))
+            name = self.decider_of(call.half).place_decode(DecodePlacementView(now_s, resident_of(call, now_s), loads))
             place = self.instances[name]
         call.decision_us += (time.perf_counter_ns() - started_ns) / 1e3
         assert place.decode is not None
@@ -215,7 +270,9 @@ class Scheduler:
 
     def _pool(self, call: Call) -> Pool:
         """The least busy pool that can take a request."""
-        able = [pool for pool in self.pools if call.model in pool.serves]
+        able = [pool for pool in self.pools if call.model in pool.serves and call.body.engine in ("", pool.engine)]
+        if len(self.deciders) > 1:
+            able = [pool for pool in able if pool.half == call.half] or able
         if call.text.sequences > 1 and able:
             able = [pool for pool in able if pool.mixed]
             if not able:
@@ -233,11 +290,9 @@ class Scheduler:
         return min(able, key=lambda pool: pool.waiting_requests() / len(pool.instances))
 
     def _admit(self, pool: Pool, views: Views, now_s: float) -> None:
-        predicted_ttft_s = (
-            pool.predicted_ttft_s(self.decider, views, now_s) if self.decider.needs_prediction else float("nan")
-        )
+        predicted_ttft_s = pool.predicted_ttft_s(views, now_s) if pool.decider.needs_prediction else float("nan")
         first = next(iter(views.values()))
-        answer = self.decider.admit(AdmissionView(now_s, first, predicted_ttft_s, pool.waiting_requests()))
+        answer = pool.decider.admit(AdmissionView(now_s, first, predicted_ttft_s, pool.waiting_requests()))
         if not answer.accept:
             message = "refused on arrival: " + answer.reason.replace("_", " ")
             raise CallError(answer.status, answer.reason, message, answer.retry_after_s or _SOON_S)
@@ -247,7 +302,7 @@ class Scheduler:
         place = None
         if len(pool.instances) > 1:
             first = next(iter(views.values()))
-            place = self.decider.place_prefill(PrefillPlacementView(now_s, first, pool.loads(views, now_s)))
+            place = pool.decider.place_prefill(PrefillPlacementView(now_s, first, pool.loads(views, now_s)))
         pool.add(views, place, now_s)
         self.waiting[call.number] = call
 
@@ -256,7 +311,7 @@ class Scheduler:
     ) -> None:
         """Send the first of a decision: a gateway sends whole prompts, one at a time."""
         side = side_of(instance)
-        self.decider.prefill_started(side.lane, decision)
+        pool.decider.prefill_started(side.lane, decision)
         number = decision.requests[0].request_id
         assert isinstance(number, int)
         call = self.waiting.pop(number)
@@ -275,6 +330,8 @@ class Scheduler:
             call.decode = instance
             instance.decode.expect(call)
         call.decision_us += (time.perf_counter_ns() - started_ns) / 1e3
+        if self.decided is not None:
+            self.decided.append(Decided(now_s, call.decision_us, call.half, pool.decider.strategy.name))
         _resolve(call)
 
 

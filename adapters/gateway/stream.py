@@ -112,9 +112,7 @@ class Relayed:
 
     def _look_at(self, event: bytes) -> bool:
         """Take notice of an event; whether the client gets it."""
-        content = b"".join(
-            line[5:].strip() for line in event.splitlines() if line.startswith(b"data:")
-        )  # other lines are comments and fields that the API does not use
+        content = content_of(event)
         if not content:
             return True
         if content == b"[DONE]":
@@ -125,7 +123,7 @@ class Relayed:
         except (msgspec.DecodeError, UnicodeDecodeError):
             return True
         if chunk.error is not None:
-            raise CallError(502, "engine_error", "the engine failed while it answered", may_retry=True)
+            raise failed()
         if chunk.usage is not None:
             self.usage = chunk.usage
         if not chunk.choices:
@@ -134,6 +132,16 @@ class Relayed:
             self.saw_token = True
             self.events += 1
         return True
+
+
+def content_of(event: bytes) -> bytes:
+    """The data of an event; other lines are comments and fields that the APIs do not use."""
+    return b"".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
+
+
+def failed() -> CallError:
+    """That an engine answers with an error event."""
+    return CallError(502, "engine_error", "the engine failed while it answered", may_retry=True)
 
 
 def _has_token(choice: dict[str, Any]) -> bool:
