@@ -57,6 +57,7 @@ def commands() -> "typer.Typer":
         explain,
         gateway,
         keys,
+        load,
         models,
         policies,
         rehearse,
@@ -76,7 +77,7 @@ def commands() -> "typer.Typer":
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    offline = (demo, simulate, models, telemetry, traces, policies, report)
+    offline = (demo, simulate, load, models, telemetry, traces, policies, report)
     online = (serve, gateway, worker, explain, doctor, db, keys, strategies, experiments, rehearse)
     for group in (*offline, *online, configuration):
         group.register(app)

@@ -79,7 +79,7 @@ def simulate(
     knobs = _knobs(fleet, deferred_share, seed, noise, predictor_error, stages, keep_steps=True)
     with progress("simulating", None):
         run = run_once(workload, fleet_of(fleet), chosen, knobs)
-    meta = Meta(kairos.__version__, _command(), [seed], settings.model_dump(mode="json"))
+    meta = Meta(kairos.__version__, command_line(), [seed], settings.model_dump(mode="json"))
     summary = write_run(run, out, meta)
     for note in _notes(scenario, run.notes, run.fallbacks):
         typer.echo(f"note: {note}", err=True)
@@ -143,7 +143,7 @@ def compare(
     plan = Plan(scenarios, names, range(seeds), knobs)
     runs = len(plan.runs())
     with progress(f"{runs} runs", runs) as advance:
-        results = run_all(plan, out, _command(), jobs, advance)
+        results = run_all(plan, out, command_line(), jobs, advance)
     report = out / "report.html"
     write_report(results, report)
     for note in results["meta"]["notes"]:
@@ -287,5 +287,6 @@ def _notes(scenario: Any, notes: Any, fallbacks: Any) -> Iterator[str]:
         yield f"{count} decisions by arrival order, since {what}"
 
 
-def _command() -> str:
+def command_line() -> str:
+    """How the program was called."""
     return shlex.join(["kairos", *sys.argv[1:]])

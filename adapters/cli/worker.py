@@ -1,7 +1,7 @@
 """`kairos worker emulate`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,9 @@ def emulate(
     config: Annotated[Path, typer.Option(help="A kairos.yaml; the worker is one of a group of its fleet.")],
     role: Annotated[Literal["prefill", "decode", "mixed"], typer.Option(help="Which groups.")] = "mixed",
     group: Annotated[int, typer.Option(help="Which group of the role, from 0.", min=0)] = 0,
+    whole_fleet: Annotated[
+        bool, typer.Option(help="One worker for each url of the fleet, there; without --role, --group, --port.")
+    ] = False,
     engine: Annotated[
         Literal["vllm", "sglang"] | None, typer.Option(help="Whose dialect; default: the group's, else vllm.")
     ] = None,
@@ -45,26 +48,29 @@ def emulate(
     Example: kairos worker emulate --config kairos.yaml --role prefill --port 8110
     """
     from kairos.adapters.emulator.faults import parse_faults
-    from kairos.adapters.emulator.process import group_of, reporting_to, run_worker, worker_options
+    from kairos.adapters.emulator.process import fleet_options, group_of, reporting_to, run_workers, worker_options
     from kairos.predictors.profiles import step_times_of
     from kairos.scheduler_core.config_file import load_settings
 
     settings = load_settings(config)
-    options = worker_options(
-        settings,
-        step_times_of,
-        role,
-        group,
-        engine=engine,
-        host=host,
-        port=port,
-        bootstrap_port=bootstrap_port,
-        time_scale=time_scale,
-        lease_s=lease_s,
-        prefix_cache=prefix_cache,
-        faults=parse_faults(fault or []),
-        seed=seed,
-    )
-    profile = group_of(settings, role, group).profile
-    plane = reporting_to(control_plane, settings.profiles[profile].as_profile(), control_plane_key)
-    run_worker(options, plane)
+    told: dict[str, Any] = {
+        "engine": engine,
+        "bootstrap_port": bootstrap_port,
+        "time_scale": time_scale,
+        "lease_s": lease_s,
+        "prefix_cache": prefix_cache,
+        "faults": parse_faults(fault or []),
+        "seed": seed,
+    }
+    groups = [g for _, _, g in settings.fleet.groups()] if whole_fleet else [group_of(settings, role, group)]
+    planes = {}
+    if control_plane is not None:
+        for name in {each.profile for each in groups}:
+            planes[name] = reporting_to(control_plane, settings.profiles[name].as_profile(), control_plane_key)
+    if whole_fleet:
+        workers = fleet_options(settings, step_times_of, planes, **told)
+    else:
+        plane = planes.get(groups[0].profile)
+        place: dict[str, Any] = {"host": host, "port": port, "on_step": plane and plane.note}
+        workers = [worker_options(settings, step_times_of, role, group, **place, **told)]
+    run_workers(workers, planes.values())

@@ -1,12 +1,13 @@
-"""An emulated worker as a process, made like a group of a fleet."""
+"""Emulated workers as a process, made like a group of a fleet or like all of them."""
 
 import asyncio
+import gc
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvloop
 
@@ -66,6 +67,31 @@ def worker_options(
     )
 
 
+def fleet_options(
+    settings: Settings,
+    step_times_of: Callable[[Settings, str], StepTimes],
+    planes: Mapping[str, ControlPlane],
+    **others: Any,
+) -> list[WorkerOptions]:
+    """A worker for every address of the fleet; `planes` are told the steps of their profiles.
+
+    Raises:
+        ConfigError: no group has an address.
+        InputError: step times cannot be loaded.
+    """
+    found = []
+    for role, index, group in settings.fleet.groups():
+        parts = urlsplit(group.url or "")
+        if parts.hostname is None or parts.port is None:
+            continue
+        plane = planes.get(group.profile)
+        place: dict[str, Any] = {"host": parts.hostname, "port": parts.port, "on_step": plane and plane.note}
+        found.append(worker_options(settings, step_times_of, role, index, **place, **others))
+    if not found:
+        raise ConfigError("no group of the fleet has a url with a port; --whole-fleet takes its workers from there")
+    return found
+
+
 def group_of(settings: Settings, role: InstanceRole, index: int) -> Group:
     """The `index`-th group of a role.
 
@@ -78,13 +104,13 @@ def group_of(settings: Settings, role: InstanceRole, index: int) -> Group:
     return groups[index]
 
 
-def reporting_to(url: str | None, profile: Profile, key: str) -> ControlPlane | None:
-    """The control plane that steps of a profile are sent to; None without an address.
+def reporting_to(url: str, profile: Profile, key: str) -> ControlPlane:
+    """The control plane that steps of a profile are sent to.
 
     Raises:
         ConfigError: it is no address.
     """
-    return None if url is None else ControlPlane(url, profile, f"emulated-{os.urandom(4).hex()}", key)
+    return ControlPlane(url, profile, f"emulated-{os.urandom(4).hex()}", key)
 
 
 def _limits(group: Group) -> Limits:
@@ -99,32 +125,31 @@ def _limits(group: Group) -> Limits:
     )
 
 
-def run_worker(options: WorkerOptions, plane: ControlPlane | None = None) -> None:
-    """Run until SIGTERM or SIGINT. Says on stdout where it listens; steps are sent to `plane`.
+def run_workers(workers: Sequence[WorkerOptions], planes: Collection[ControlPlane] = ()) -> None:
+    """Run until SIGTERM or SIGINT. Says on stdout where each listens; what `planes` were told is sent.
 
     Raises:
         ConfigError: a port cannot be had.
     """
-    if plane is not None:
-        options = replace(options, on_step=plane.note)
-    uvloop.run(_run(options, plane))
+    uvloop.run(_run(workers, planes))
 
 
-async def _run(options: WorkerOptions, plane: ControlPlane | None) -> None:
-    worker = EmulatedWorker(options)
+async def _run(wanted: Sequence[WorkerOptions], planes: Collection[ControlPlane]) -> None:
+    workers = [EmulatedWorker(options) for options in wanted]
     ends = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ends.set)
-    try:
-        await worker.start()
-    except OSError as problem:
-        raise ConfigError(f"cannot listen on {options.host}:{options.port}: {problem.strerror or problem}") from None
-    print(f"{options.engine} {options.role} worker on {worker.address}", flush=True)
-    if plane is None:
-        await ends.wait()
-    else:
-        await _report(plane, ends)
-    await worker.stop(grace_s=1.0)
+    for worker in workers:
+        options = worker.options
+        try:
+            await worker.start()
+        except OSError as problem:
+            where = f"{options.host}:{options.port}"
+            raise ConfigError(f"cannot listen on {where}: {problem.strerror or problem}") from None
+        print(f"{options.engine} {options.role} worker on {worker.address}", flush=True)
+    gc.freeze()
+    await asyncio.gather(ends.wait(), *(_report(plane, ends) for plane in planes))
+    await asyncio.gather(*(worker.stop(grace_s=1.0) for worker in workers))
 
 
 async def _report(plane: ControlPlane, ends: asyncio.Event) -> None:

@@ -81,6 +81,8 @@ def told(call: Call) -> list[tuple[bytes, bytes]]:
         (b"x-kairos-request-id", request_id),
         (b"x-kairos-decision-us", b"%d" % call.decision_us),
     ]
+    if call.dispatch_s:
+        headers.append((b"x-kairos-waited-s", b"%.6f" % (call.dispatch_s - call.arrival_s)))
     if call.prefill is not None:
         headers.append((b"x-kairos-prefill-instance", call.prefill.instance_id.encode()))
     if call.decode is not None:

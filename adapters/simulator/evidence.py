@@ -437,8 +437,12 @@ def _tokens(table: RequestTable) -> FloatArray:
 
 
 def _wait_s(table: RequestTable) -> FloatArray:
-    """From arrival to the first prefill step; to the run's end if that never came, NaN if it was refused."""
-    until_s = np.where(np.isnan(table.prefill_start_s), _run_end_s(table), table.prefill_start_s)
+    """From arrival to the first prefill step; NaN if it was refused.
+
+    To the first token where nobody told when prefill began, to the run's end where there is none.
+    """
+    until_s = np.where(np.isnan(table.prefill_start_s), table.first_token_s, table.prefill_start_s)
+    until_s = np.where(np.isnan(until_s), _run_end_s(table), until_s)
     return np.where(_with_status(table, "rejected") == 1.0, np.nan, until_s - table.workload.arrival_s)
 
 

@@ -55,12 +55,17 @@ STEP_COLUMNS = (
 def write_run(run: Run, folder: Path, meta: Meta) -> Summary:
     """Write all files of a run that kept its steps into a folder, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_csv(folder / "requests.csv", REQUEST_COLUMNS, _request_rows(run.requests))
+    write_requests(run.requests, folder)
     _write_csv(folder / "steps.csv", STEP_COLUMNS, map(_step_row, run.steps, _ids(run)))
     pq.write_table(_events(run), folder / "events.parquet", compression="zstd")
     summary = Summary(meta, run_metrics(run.requests, run.decision_us, run.gaps))
     (folder / "summary.json").write_bytes(msgspec.json.format(msgspec.json.encode(summary)) + b"\n")
     return summary
+
+
+def write_requests(table: RequestTable, folder: Path) -> None:
+    """Write requests.csv."""
+    _write_csv(folder / "requests.csv", REQUEST_COLUMNS, _request_rows(table))
 
 
 def _write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

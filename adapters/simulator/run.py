@@ -437,7 +437,7 @@ class Simulation:
     def result(self) -> Run:
         """Everything as arrays."""
         return Run(
-            requests=_table(self.workload, self.outcome, self.knobs.stages),
+            requests=table_of(self.workload, self.outcome, self.knobs.stages),
             steps=self.steps,
             decision_us=np.array(self.decision_us),
             kv_transfer_start_s=np.array(self.kv_transfer_start_s),
@@ -469,7 +469,8 @@ class Simulation:
         return notes
 
 
-def _table(workload: Workload, outcome: Outcome, stages: Stages) -> RequestTable:
+def table_of(workload: Workload, outcome: Outcome, stages: Stages) -> RequestTable:
+    """The columns of a run, and what was met in it."""
     first_token_s = np.array(outcome.first_token_s)
     last_token_s = np.array(outcome.last_token_s)
     status = np.array(outcome.status, dtype=np.int8)

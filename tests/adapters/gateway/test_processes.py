@@ -49,11 +49,33 @@ def test_workers_a_gateway_and_a_control_plane_work_together_as_processes(tmp_pa
     assert (steps, requests) == (12, 2), "two prefill steps, ten decode steps"
 
 
+def test_a_whole_fleet_in_one_process_serves_a_trace_that_is_sent_to_its_gateway(tmp_path: Path) -> None:
+    *workers, front = free_ports(3)
+    document = yaml.safe_load(EXAMPLE.read_text())
+    for role, port in zip(("prefill", "decode"), workers, strict=True):
+        document["fleet"][role][0]["url"] = f"http://127.0.0.1:{port}"
+    document["gateway"] = {"port": front}
+    (tmp_path / "kairos.yaml").write_text(yaml.safe_dump(document))
+    (tmp_path / "trace.csv").write_text("arrival_s,input_tokens,output_tokens\n0,900,3\n0.2,50,1\n0.3,4000,2\n")
+    options = ("--fleet", tmp_path / "kairos.yaml", "--url", f"http://127.0.0.1:{front}", "--out", tmp_path / "live")
+    with ExitStack() as stack:
+        stack.enter_context(process("worker", "emulate", "--config", tmp_path / "kairos.yaml", "--whole-fleet"))
+        stack.enter_context(process("gateway", "--config", tmp_path / "kairos.yaml"))
+        wait_for(f"http://127.0.0.1:{front}/health")
+
+        ended = kairos("load", tmp_path / "trace.csv", *options)
+
+    assert ended.code == 0
+    assert "both  met 100.0 %" in ended.stdout
+    assert {path.name for path in (tmp_path / "live").iterdir()} == {"requests.csv", "summary.json", "lag.json"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("gateway", "--config", "{example}", "--host", "0.0.0.0"), "give keys"),
         (("gateway", "--config", "{simulated}"), "no group of the fleet has a url"),
+        (("worker", "emulate", "--config", "{simulated}", "--whole-fleet"), "no group of the fleet has a url"),
         (("worker", "emulate", "--config", "{example}", "--role", "mixed"), "fleet.mixed has 0 groups"),
         (("worker", "emulate", "--config", "{example}", "--role", "prefill", "--fault", "boom:1"), "write KIND:SHARE"),
     ],
