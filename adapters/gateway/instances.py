@@ -30,6 +30,10 @@ from kairos.scheduler_core.domain import (
 from kairos.scheduler_core.policy import DecodeLoad
 from kairos.scheduler_core.slo import NO_TARGET_S, ttft_deadline_s
 
+AHEAD_S = 0.05
+"""So long before an instance has computed all that it has it gets the next prompt: time for the way there, and no more,
+since what has been sent stays before all that comes later."""
+
 
 class State(StrEnum):
     """Whether an instance gets requests."""
@@ -88,9 +92,15 @@ class PrefillSide:
             return self.index.hit_tokens(call.blocks, call.prompt_bytes, call.prompt_tokens)
         return 0
 
-    def has_room(self) -> bool:
-        """Whether one more may be sent."""
-        return len(self.flights) < self.limit
+    def has_room(self, now_s: float) -> bool:
+        """Whether one more may be sent: nothing is there, or not too much and that is about to end.
+
+        An engine that keeps our order itself takes as many as it may have.
+        """
+        if len(self.flights) >= self.limit:
+            return False
+        keeps_order = self.instance.control is Control.GATEWAY_PRIORITY
+        return not self.flights or keeps_order or self.free_at_s - now_s <= AHEAD_S
 
     def send(self, call: Call, prefill_s: float, now_s: float) -> None:
         """Count a prompt that is sent now."""

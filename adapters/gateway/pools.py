@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 
 from kairos.adapters.gateway.calls import Call
-from kairos.adapters.gateway.instances import LiveInstance, PrefillSide
+from kairos.adapters.gateway.instances import AHEAD_S, LiveInstance, PrefillSide
 from kairos.scheduler_core.decider import Decider
 from kairos.scheduler_core.domain import Waiting
 from kairos.scheduler_core.policy import Peer, PrefillLoad
@@ -101,6 +101,26 @@ class Pool:
                     queue.note_started(request)
         self.waiting_s = max(0.0, self.waiting_s - seconds)
 
+    def able(self, now_s: float, asked: Set[str] = frozenset()) -> LiveInstance | None:
+        """The instance that is free first, of those that have room and something to choose from and are not `asked`."""
+        able = [
+            instance
+            for instance in self.instances
+            if (side := side_of(instance)).lane.waits() and side.has_room(now_s) and instance.instance_id not in asked
+        ]
+        return min(able, key=lambda instance: side_of(instance).free_at_s) if able else None
+
+    def next_room_s(self, now_s: float) -> float:
+        """When an instance will have room that has none yet, as predicted; inf where only an answer can tell."""
+        return min(
+            (
+                side.free_at_s - AHEAD_S
+                for side in map(side_of, self.instances)
+                if side.lane.waits() and len(side.flights) < side.limit and not side.has_room(now_s)
+            ),
+            default=float("inf"),
+        )
+
     # -- what policies are shown
 
     def loads(self, views: Views, now_s: float) -> list[PrefillLoad]:
@@ -130,7 +150,7 @@ class Pool:
         for instance in self.instances:
             side = side_of(instance)
             if instance is not asking:
-                free_at_s = now_s if side.has_room() else next(iter(side.flights.values()))
+                free_at_s = now_s if side.has_room(now_s) else max(side.free_at_s, now_s)
                 seconds = None if side.group == asking_side.group else self._seconds_on(side)
                 saved = self._saved_on(side, asking_side) if side.knows_prefixes else None
                 peers.append(Peer(instance.instance_id, free_at_s, side.lane.own.by_deadline, seconds, saved))

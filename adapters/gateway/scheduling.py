@@ -4,6 +4,7 @@ Requests wait here, in front of each prefill instance, which has a bounded numbe
 counts as load at once. Everything runs in the event loop's thread; nothing here waits.
 """
 
+import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Set
@@ -19,6 +20,8 @@ from kairos.scheduler_core.decision import PrefillDecision
 from kairos.scheduler_core.policy import AdmissionView, DecodePlacementView, PrefillPlacementView
 from kairos.scheduler_core.strategy import Strategy, not_applied
 
+_TIMER_S = 0.001
+"""An event loop's timers may be so much too early."""
 _SOON_S = 1
 """Retry-After where nothing better is known."""
 
@@ -60,6 +63,8 @@ class Scheduler:
         """Those whose prefix caches are known, by what was sent there or by their own word."""
         self._fallbacks_before = Counter[str]()
         self._dispatches = 0
+        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm_s = float("inf")
 
     @property
     def decider(self) -> Decider:
@@ -200,17 +205,32 @@ class Scheduler:
         self.stir(pool)
 
     def stir(self, only: Pool | None = None) -> None:
-        """Let every instance that has room decide."""
+        """Let every instance that has room decide; the one that is free first before the others."""
         for pool in self.pools if only is None else (only,):
-            for instance in pool.instances:
+            asked: set[str] = set()
+            while (instance := pool.able(now_s := self._clock(), asked)) is not None:
                 side = side_of(instance)
-                while side.has_room() and side.lane.waits():
-                    now_s = self._clock()
-                    started_ns = time.perf_counter_ns()
-                    decision = pool.decider.next_prefill(side.lane, now_s, pool.peers(instance, now_s))
-                    if decision is None:
-                        break
+                started_ns = time.perf_counter_ns()
+                decision = pool.decider.next_prefill(side.lane, now_s, pool.peers(instance, now_s))
+                if decision is None:
+                    asked.add(instance.instance_id)
+                else:
                     self._dispatch(pool, instance, decision, now_s, started_ns)
+            self._stir_at(pool.next_room_s(now_s))
+
+    def _stir_at(self, at_s: float) -> None:
+        """Stir again at a time, if not before."""
+        if at_s >= self._alarm_s:
+            return
+        if self._alarm is not None:
+            self._alarm.cancel()
+        self._alarm_s = at_s
+        after_s = max(0.0, at_s - self._clock()) + _TIMER_S
+        self._alarm = asyncio.get_running_loop().call_later(after_s, self._alarmed)
+
+    def _alarmed(self) -> None:
+        self._alarm, self._alarm_s = None, float("inf")
+        self.stir()
 
     def prefill_ended(self, call: Call) -> None:
         """A prompt is done, or given up; another may take its place."""

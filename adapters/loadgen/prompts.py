@@ -13,7 +13,7 @@ from kairos.adapters.simulator.tables import Workload
 _LOWEST, _IDS = 100, 900
 _WIDTH = 4
 """Bytes of a token id and its comma."""
-_POOL_TOKENS = 1 << 20
+_POOL_TOKENS = 1 << 18
 _MARK_TOKENS = 4
 """A block begins with its own id, written with so many tokens: blocks differ when their ids do."""
 
@@ -52,4 +52,7 @@ def _block(block_id: int, tokens: int) -> bytes:
 @lru_cache(maxsize=1)
 def _filler() -> bytes:
     ids = np.random.default_rng(0).integers(_LOWEST, _LOWEST + _IDS, _POOL_TOKENS)
-    return b"".join(b"%d," % token for token in ids.tolist())
+    text = np.full((_POOL_TOKENS, _WIDTH), ord(","), np.uint8)
+    for place, power in enumerate((100, 10, 1)):
+        text[:, place] = ord("0") + ids // power % 10
+    return text.tobytes()

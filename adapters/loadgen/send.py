@@ -100,6 +100,8 @@ class _Generator:
         self._ended = 0
 
     async def run(self) -> LiveRun:
+        if self._due_s:
+            self._body(0)  # makes what all prompts are cut from
         self._began_s = time.perf_counter() + _AHEAD_S
         async with asyncio.TaskGroup() as group:
             for row, due_s in enumerate(self._due_s):

@@ -22,10 +22,17 @@ def asked(tokens: int, output: int = 1, **changes: Any) -> dict[str, Any]:
     return {"model": MODEL, "prompt": [1] * tokens, "max_tokens": output} | changes
 
 
-async def order_of(active: str, lengths: list[int]) -> list[int]:
+def profiles(token_s: float) -> dict[str, Any]:
+    """What the gateway is told of workers that take so long for a prompt token."""
+    linear = {"prefill": {"b_s": token_s}, "decode": {"a_s": 1e-3}}
+    return {"profiles": {"p": {"gpu": "H100", "model": MODEL, "step_times": {"linear": linear}}}}
+
+
+async def order_of(active: str, lengths: list[int], in_flight: int = 1, token_s: float = 1e-4) -> list[int]:
     """The order in which prompts of these lengths are computed that arrive while a first one runs."""
-    slow = step_times(prefill=(0.0, 1e-4, 0.0))
-    async with behind_gateway(options(step_times=slow), group={"in_flight": 1}, **strategies(active)) as (gateway, _):
+    times = step_times(prefill=(0.0, token_s, 0.0))
+    group, known = {"in_flight": in_flight}, profiles(token_s)
+    async with behind_gateway(options(step_times=times), group=group, **strategies(active), **known) as (gateway, _):
         done: list[int] = []
 
         async def one(length: int) -> None:
@@ -44,6 +51,30 @@ async def order_of(active: str, lengths: list[int]) -> list[int]:
 def test_prompts_run_in_the_order_of_the_strategy() -> None:
     assert run(order_of("fcfs", [300, 100, 200])) == [300, 100, 200]
     assert run(order_of("sjf", [300, 100, 200])) == [100, 200, 300]
+
+
+def test_the_next_prompt_is_sent_no_sooner_than_the_one_before_it_is_about_to_end() -> None:
+    assert run(order_of("sjf", [300, 100, 200], in_flight=2, token_s=1e-3)) == [100, 200, 300]
+
+
+def test_a_request_goes_to_an_idle_instance_and_not_behind_another_one() -> None:
+    async def work() -> set[str]:
+        slow = step_times(prefill=(0.0, 1e-3, 0.0))
+        wanted = (options(role="prefill", step_times=slow), *pair(step_times=slow))
+        async with behind_gateway(*wanted, group={"in_flight": 2}, **strategies("fcfs")) as (gateway, _):
+            places: set[str] = set()
+
+            async def one(length: int) -> None:
+                await call(gateway.server.address, "/v1/completions", asked(length))
+
+            async with asyncio.TaskGroup() as group:
+                for number in range(1, 3):
+                    group.create_task(one(500))
+                    await until(lambda number=number: len(gateway.app.calls) == number)
+                    places |= {c.prefill.instance_id for c in gateway.app.calls.values() if c.prefill is not None}
+            return places
+
+    assert run(work()) == {"prefill-0", "prefill-1"}
 
 
 def test_no_more_prompts_are_in_flight_than_the_group_allows() -> None:

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulations import workload
 
@@ -24,6 +24,7 @@ def common(a: list[int], b: list[int]) -> int:
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 3_000), min_size=1, max_size=4))
 def test_a_prompt_is_as_long_as_the_trace_says_of_ids_that_every_model_has(lengths: list[int]) -> None:
     made = prompts(lengths)
@@ -32,6 +33,7 @@ def test_a_prompt_is_as_long_as_the_trace_says_of_ids_that_every_model_has(lengt
     assert all(100 <= token < 1_000 for prompt in made for token in prompt)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5), st.integers(1, 4), st.integers(1, BLOCK), st.integers(min_value=0))
 def test_two_prompts_have_in_common_what_their_block_ids_have_in_common(
     shared: int, own: int, last: int, first_id: int
