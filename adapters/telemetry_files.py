@@ -1,8 +1,9 @@
-"""Reads telemetry files: CSV, CSV.gz and Parquet with the columns of docs/files.md.
+"""Reads telemetry files: CSV, CSV.gz and Parquet with the columns of docs/files.md; writes CSV.
 
 A file's columns say what it holds. Rows that cannot serve are left out, counted and named, never silently.
 """
 
+import csv
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
+from kairos.adapters.control_plane import row_of
 from kairos.scheduler_core.domain import Profile
 from kairos.scheduler_core.errors import TelemetryError
 from kairos.scheduler_core.slo import BoolArray, FloatArray
@@ -24,6 +26,7 @@ from kairos.scheduler_core.telemetry import (
     RequestRecord,
     RequestRow,
     StepKind,
+    StepRecord,
     StepRow,
     Steps,
     excluded_by,
@@ -97,6 +100,27 @@ def read_telemetry(paths: Sequence[Path]) -> Telemetry:
     return Telemetry(
         [Steps.joined(group) for _, group in ordered], requests, dict(sorted(excluded.items())), notes, list(runs)
     )
+
+
+def write_steps(folder: Path, profile: Profile, records: Sequence[StepRecord]) -> list[Path]:
+    """Write steps of a profile, a file a kind (`prefill.csv`, ...); the files, which replace what was there.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for kind, needed in _NEEDED.items():
+        rows = [msgspec.structs.asdict(row_of(record, profile)) for record in records if record.kind == kind]
+        if not rows:
+            continue
+        columns = [*_PROFILE, *(name for name in needed if name not in _PROFILE), "prev_phase", "run"]
+        written.append(folder / f"{kind}.csv")
+        with written[-1].open("w", newline="") as out:
+            writer = csv.DictWriter(out, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+    return written
 
 
 def step_rows(read: Telemetry) -> list[StepRow]:

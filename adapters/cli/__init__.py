@@ -24,7 +24,8 @@ def main() -> None:
     except ModuleNotFoundError as problem:
         if problem.name is None or problem.name.startswith("kairos"):
             raise
-        code = _say(f"this needs the package {problem.name}: pip install 'kairos-scheduler[all]'", 1)
+        extra = "torch" if problem.name in ("torch", "safetensors") else "all"
+        code = _say(f"this needs the package {problem.name}: pip install 'kairos-scheduler[{extra}]'", 1)
     raise SystemExit(code)
 
 

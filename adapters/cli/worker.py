@@ -5,17 +5,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from kairos.adapters.cli.torch_worker import torch_worker
+
 
 def register(app: typer.Typer) -> None:
     """Add `worker` and its commands."""
     worker = typer.Typer(no_args_is_help=True, help="Workers for tests, demos and load.")
-    worker.callback()(_group)
     worker.command()(emulate)
+    worker.command("torch")(torch_worker)
     app.add_typer(worker, name="worker")
-
-
-def _group() -> None:
-    """Keep `emulate` a command of its own while it is the only one."""
 
 
 def emulate(

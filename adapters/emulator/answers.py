@@ -1,4 +1,4 @@
-"""The bodies that an emulated engine answers with. Its k-th output token is the text " tK"."""
+"""The bodies that an emulated engine answers with."""
 
 import json
 import time
@@ -6,19 +6,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from kairos.adapters.asgi import Send, answer
-from kairos.adapters.emulator.gpu import Job
-
-
-def token_text(k: int) -> str:
-    """The text of the k-th output token, from 1."""
-    return f" t{k}"
+from kairos.adapters.emulator.device import Job
 
 
 class Answer:
-    """Writes one answer, of a completion or a chat."""
+    """Writes one answer, of a completion or a chat.
 
-    def __init__(self, request_id: str, model: str, chat: bool) -> None:
-        self._chat = chat
+    Args:
+        tells_ids: the ids of the tokens too, as vLLM does for `return_token_ids`.
+    """
+
+    def __init__(self, request_id: str, model: str, chat: bool, tells_ids: bool = False) -> None:
+        self._chat, self._tells_ids = chat, tells_ids
         self.head: dict[str, Any] = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{request_id}",
             "created": int(time.time()),
@@ -29,17 +28,20 @@ class Answer:
         """The event before the first token: a role in a chat, nothing otherwise."""
         return self._event(index, {"role": "assistant", "content": ""}, None) if self._chat else b""
 
-    def tokens(self, index: int, first: int, count: int, ends: bool) -> bytes:
-        """The event of `count` tokens from the `first`-th."""
-        text = "".join(map(token_text, range(first, first + count)))
+    def tokens(self, index: int, job: Job, first: int, count: int) -> bytes:
+        """The event of `count` tokens of a job from the `first`-th."""
+        text = job.text(first, count)
         delta = {"content": text} if self._chat else text
-        return self._event(index, delta, "length" if ends else None)
+        return self._event(index, delta, job.finish_reason if job.ended else None, self._ids(job, first, count))
 
-    def _event(self, index: int, delta: object, finish_reason: str | None) -> bytes:
+    def _ids(self, job: Job, first: int, count: int) -> dict[str, Any]:
+        return {"token_ids": list(job.token_ids(first, count))} if self._tells_ids else {}
+
+    def _event(self, index: int, delta: object, finish_reason: str | None, more: dict[str, Any] | None = None) -> bytes:
         choice = {"index": index, "delta" if self._chat else "text": delta, "logprobs": None}
         kind = "chat.completion.chunk" if self._chat else "text_completion"
-        body = self.head | {"object": kind, "choices": [choice | {"finish_reason": finish_reason}]}
-        return event(body)
+        choice |= {"finish_reason": finish_reason} | (more or {})
+        return event(self.head | {"object": kind, "choices": [choice]})
 
     def usage_event(self, jobs: Sequence[Job]) -> bytes:
         """The last event when usage is asked for."""
@@ -50,9 +52,10 @@ class Answer:
         """The answer without streaming."""
         choices = []
         for index, job in enumerate(jobs):
-            text = "".join(map(token_text, range(1, job.emitted + 1)))
+            text = job.text(1, job.emitted)
             said: dict[str, Any] = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
-            choices.append({"index": index, "logprobs": None, "finish_reason": "length"} | said)
+            said |= self._ids(job, 1, job.emitted)
+            choices.append({"index": index, "logprobs": None, "finish_reason": job.finish_reason} | said)
         body = self.head | {
             "object": "chat.completion" if self._chat else "text_completion",
             "choices": choices,
@@ -71,9 +74,9 @@ class NativeAnswer(Answer):
         """Nothing comes before the first token."""
         return b""
 
-    def tokens(self, index: int, first: int, count: int, ends: bool) -> bytes:
-        """The event of `count` tokens from the `first`-th, after those before."""
-        return event(self._told(index, first + count - 1, ends))
+    def tokens(self, index: int, job: Job, first: int, count: int) -> bytes:
+        """The event of `count` tokens of a job from the `first`-th, after those before."""
+        return event(self._told(index, first + count - 1, job.ended))
 
     def usage_event(self, jobs: Sequence[Job]) -> bytes:
         """Every event says it."""
@@ -93,8 +96,8 @@ class NativeAnswer(Answer):
             "completion_tokens": tokens,
             "cached_tokens": job.cached_tokens,
         }
-        text = "".join(map(token_text, range(1, tokens + 1)))
-        return {"text": text, "output_ids": list(range(1, tokens + 1)), "index": index, "meta_info": meta}
+        text, ids = job.text(1, tokens), list(job.token_ids(1, tokens))
+        return {"text": text, "output_ids": ids, "index": index, "meta_info": meta}
 
 
 def usage(jobs: Sequence[Job]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from kairos.adapters.asgi import Send
 from kairos.adapters.emulator.answers import DONE, Answer, answer_json, error, event
+from kairos.adapters.emulator.device import Job
 from kairos.adapters.emulator.faults import Fault
-from kairos.adapters.emulator.gpu import Job
 from kairos.adapters.emulator.handshakes import Leg, nixl_params
 from kairos.adapters.http_client import UpstreamError
 
@@ -58,7 +58,7 @@ class Generation:
             return
         job = self._jobs[0]
         if leg.produces:
-            job.output_tokens = 1
+            job.output_tokens, job.hands_over = 1, True
             held = self._worker.desk.expect(leg.key)
             if leg.needs_decode_first:
                 async with asyncio.timeout(HANDSHAKE_S):
@@ -91,7 +91,7 @@ class Generation:
     async def _relay(self, index: int, job: Job, send: Send) -> None:
         said = 0
         while count := await job.next_tokens():
-            body = self._answer.tokens(index, said + 1, count, job.ended)
+            body = self._answer.tokens(index, job, said + 1, count)
             said += count
             await send({"type": "http.response.body", "body": body, "more_body": True})
             if self._fault is Fault.CUT:
@@ -115,8 +115,9 @@ class Generation:
         if leg is None or not leg.produces:
             return None
         self.held = True
-        tokens = self._jobs[0].prompt_tokens
-        worker.desk.hold(leg.key, tokens, time.monotonic())
+        job = self._jobs[0]
+        tokens = job.prompt_tokens
+        worker.desk.hold(leg.key, tokens, time.monotonic(), worker.gpu.handed_over(job))
         if worker.connector != "nixl":
             return None
         expires_at_s = time.time() + worker.options.lease_s

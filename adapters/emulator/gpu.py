@@ -7,12 +7,18 @@ decode once less: it is one forward pass.
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
+from kairos.adapters.emulator.device import Job
+from kairos.adapters.emulator.prompts import Prompt
+from kairos.scheduler_core.config import KvTransfer
 from kairos.scheduler_core.domain import UNLIMITED_TOKENS, Part, StepTimes
 from kairos.scheduler_core.telemetry import StepRecord
 
+_LOOK_S = 0.005
+"""How often one that waits for room looks."""
 _MAX_LAG_S = 0.5
 """Steps that fell further behind their time than this (a busy machine) are not caught up with."""
 
@@ -29,50 +35,13 @@ class Limits:
     kv_tokens: int = UNLIMITED_TOKENS
 
 
-@dataclass(slots=True, eq=False)
-class Job:
-    """One sequence. Its reader waits with `next_tokens`."""
-
-    prompt_tokens: int
-    output_tokens: int
-    cached_tokens: int = 0
-    priority: int = 0
-    """Lower runs first."""
-    number: int = 0
-    computed: int = 0
-    """Prompt tokens done, cached ones included."""
-    emitted: int = 0
-    ended: bool = False
-    slowness: float = 1.0
-    _seen: int = 0
-    _waiter: asyncio.Future[None] | None = field(default=None, repr=False)
-
-    @property
-    def context_tokens(self) -> int:
-        """Tokens in the KV cache while it decodes; one that has emitted nothing counts its first token already."""
-        return self.prompt_tokens + max(self.emitted, 1)
-
-    def wake(self) -> None:
-        """Let the reader look again."""
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def next_tokens(self) -> int:
-        """How many tokens were emitted since the last call; 0 when it has ended."""
-        while self._seen == self.emitted and not self.ended:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        new = self.emitted - self._seen
-        self._seen = self.emitted
-        return new
-
-
 class VirtualGpu:
     """Runs jobs in steps.
 
     Args:
         time_scale: real seconds per second of the profile; 0.1 runs ten times as fast.
         on_step: told every step, in seconds of the profile.
+        link: over which KV comes.
     """
 
     def __init__(
@@ -81,9 +50,11 @@ class VirtualGpu:
         limits: Limits,
         time_scale: float = 1.0,
         on_step: Callable[[StepRecord], None] | None = None,
+        link: KvTransfer | None = None,
     ) -> None:
         self._times = step_times
         self._limits = limits
+        self._link = link or KvTransfer()
         self._scale = time_scale
         self._on_step = on_step
         self._numbers = itertools.count()
@@ -131,6 +102,10 @@ class VirtualGpu:
         for job in [*self.prompts, *self.ready, *self.residents]:
             self.abort(job)
 
+    def job(self, prompt: Prompt, output_tokens: int, told: Mapping[str, Any]) -> Job:
+        """A job for a prompt."""
+        return Job(prompt.tokens, output_tokens)
+
     def compute(self, job: Job) -> None:
         """Take a job with a prompt to compute; its first token comes with the step that completes it."""
         job.number = next(self._numbers)
@@ -138,6 +113,26 @@ class VirtualGpu:
         self.prompts.append(job)
         self.prompts.sort(key=lambda other: (other.priority, other.number))
         self._wake.set()
+
+    async def admit(self, job: Job) -> None:
+        """Wait until there is room for a job whose KV is elsewhere."""
+        while not self._room_for(job):
+            await asyncio.sleep(_LOOK_S)
+
+    def _room_for(self, job: Job) -> bool:
+        held = self.residents or self.ready
+        if len(self.residents) + len(self.ready) >= self._limits.max_batch:
+            return False
+        return not held or self.kv_used_tokens + job.context_tokens + 1 <= self._limits.kv_tokens
+
+    async def receive(self, job: Job, kv: bytes | None) -> None:
+        """Take as long as KV does; where there is none it goes on as vLLM does, with wrong tokens."""
+        transfer_s = self._link.latency_s + job.prompt_tokens * self._link.bytes_per_token / self._link.bytes_per_s
+        await asyncio.sleep(transfer_s * self._scale)
+
+    def handed_over(self, job: Job) -> bytes:
+        """No bytes: virtual KV takes time, not room."""
+        return b""
 
     def resume(self, job: Job) -> None:
         """Take a job whose KV came from elsewhere; its first token comes with its first decode step."""

@@ -14,6 +14,7 @@ class Held:
     """The KV of one prompt."""
 
     tokens: int = 0
+    kv: bytes = b""
     expires_s: float = float("inf")
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     """A decode worker waits for it."""
@@ -48,10 +49,10 @@ class KvDesk:
         """The place under a key, made by whichever leg comes first."""
         return self._held.setdefault(key, Held())
 
-    def hold(self, key: str, tokens: int, now_s: float) -> None:
+    def hold(self, key: str, tokens: int, now_s: float, kv: bytes = b"") -> None:
         """Prefill has ended: the KV is there."""
         held = self.expect(key)
-        held.tokens = tokens
+        held.tokens, held.kv = tokens, kv
         held.expires_s = now_s + self.lease_s
         held.settled.set()
 
@@ -68,16 +69,17 @@ class KvDesk:
         if held is not None:
             held.expires_s = max(held.expires_s, now_s + self.lease_s * 2 / 3)
 
-    def take(self, key: str, now_s: float) -> bool:
-        """Take KV that is there; False, and counted, when it was taken before or has expired."""
+    def take(self, key: str, now_s: float) -> bytes | None:
+        """Take KV that is there; None, and counted, when it was taken before or has expired."""
         self.sweep(now_s)
         held = self._held.pop(key, None)
         if held is None:
             self.invalid_reads += 1
-        return held is not None
+            return None
+        return held.kv
 
-    async def wait_and_take(self, key: str, timeout_s: float) -> bool:
-        """Ask for KV that prefill computes now; False when it fails or does not come in time."""
+    async def wait_and_take(self, key: str, timeout_s: float) -> bytes | None:
+        """Ask for KV that prefill computes now; None when it fails or does not come in time."""
         held = self.expect(key)
         held.asked.set()
         try:
@@ -87,7 +89,7 @@ class KvDesk:
             held.failed = True
         finally:
             self._held.pop(key, None)
-        return not held.failed
+        return None if held.failed else held.kv
 
     def sweep(self, now_s: float) -> None:
         """Free what has expired."""

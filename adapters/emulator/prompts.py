@@ -21,6 +21,8 @@ class Prompt(NamedTuple):
     """Ids of its whole blocks; equal prefixes have equal ids."""
     pieces: Sequence[bytes | Sequence[int]]
     """What is in the blocks: text, or tokens."""
+    content: bytes | Sequence[int]
+    """All of it: text, or tokens."""
 
     def token_ids(self, first: int, end: int) -> list[int]:
         """The tokens of its blocks from `first` to before `end`; four bytes of text are a token, whatever they say."""
@@ -100,19 +102,19 @@ def _chat(messages: object) -> Prompt:
             else:
                 images += 1
     prompt = _text(bytes(text))
-    return Prompt(prompt.tokens + images * IMAGE_TOKENS, prompt.blocks, prompt.pieces)
+    return prompt._replace(tokens=prompt.tokens + images * IMAGE_TOKENS)
 
 
 def _text(text: bytes) -> Prompt:
     size = BLOCK_TOKENS * BYTES_PER_TOKEN
     pieces = [text[start : start + size] for start in range(0, len(text) - size + 1, size)]
-    return Prompt(max(1, -(-len(text) // BYTES_PER_TOKEN)), _chain(pieces), pieces)
+    return Prompt(max(1, -(-len(text) // BYTES_PER_TOKEN)), _chain(pieces), pieces, text)
 
 
 def _tokens(tokens: Sequence[int]) -> Prompt:
     starts = range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS)
     pieces = [tuple(tokens[start : start + BLOCK_TOKENS]) for start in starts]
-    return Prompt(len(tokens), _chain(pieces), pieces)
+    return Prompt(len(tokens), _chain(pieces), pieces, tokens)
 
 
 def _ids_of(piece: bytes | Sequence[int]) -> Sequence[int]:

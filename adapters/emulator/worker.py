@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import uuid4
@@ -11,9 +12,10 @@ from uuid import uuid4
 from kairos.adapters.asgi import Receive, Scope, Send, answer, body_of, unless_gone
 from kairos.adapters.asgi_server import AsgiServer
 from kairos.adapters.emulator.answers import Answer, NativeAnswer, answer_json, error
+from kairos.adapters.emulator.device import Device, Job
 from kairos.adapters.emulator.faults import Fault, Faults
 from kairos.adapters.emulator.generation import HANDSHAKE_S, Generation
-from kairos.adapters.emulator.gpu import Job, Limits, VirtualGpu
+from kairos.adapters.emulator.gpu import Limits, VirtualGpu
 from kairos.adapters.emulator.handshakes import Connector, Leg, leg_of
 from kairos.adapters.emulator.kv import KvDesk
 from kairos.adapters.emulator.kv_events import KvEventPublisher
@@ -37,6 +39,7 @@ from kairos.scheduler_core.telemetry import StepRecord
 Engine = Literal["vllm", "sglang"]
 Role = Literal["prefill", "decode", "mixed"]
 
+_LARGEST_KV_BYTES = 2**40
 VERSIONS: dict[Engine, str] = {"vllm": "0.32.0", "sglang": "0.5.23"}
 
 
@@ -71,13 +74,18 @@ class WorkerOptions:
 class EmulatedWorker:
     """One worker.
 
+    Args:
+        device: what computes; None: a virtual GPU with the step times of the options.
+
     Raises:
         ConfigError: shares of faults that cannot be.
     """
 
-    def __init__(self, options: WorkerOptions) -> None:
+    def __init__(self, options: WorkerOptions, device: Device | None = None) -> None:
         self.options = options
-        self.gpu = VirtualGpu(options.step_times, options.limits, options.time_scale, options.on_step)
+        self.gpu: Device = device or VirtualGpu(
+            options.step_times, options.limits, options.time_scale, options.on_step, options.kv_transfer
+        )
         self.desk = KvDesk(options.lease_s)
         self.faults = Faults(options.faults, options.seed)
         self.engine_id = uuid4().hex
@@ -196,45 +204,39 @@ class EmulatedWorker:
         key, _, action = scope["path"].removeprefix("/emulated/kv/").partition("/")
         await body_of(receive)
         now_s = time.monotonic()
-        taken = True
+        kv: bytes | None = b""
         if action == "renew":
             self.desk.renew(key, now_s)
         elif action == "take":
-            taken = self.desk.take(key, now_s)
+            kv = self.desk.take(key, now_s)
         else:
-            taken = await unless_gone(self.desk.wait_and_take(key, HANDSHAKE_S), receive) or False
-        await answer_json(send, 200, {"taken": taken})
+            kv = await unless_gone(self.desk.wait_and_take(key, HANDSHAKE_S), receive)
+        await answer(send, 410 if kv is None else 200, kv or b"", b"application/octet-stream")
 
-    async def _ask(self, leg: Leg, action: str) -> bool:
+    async def _ask(self, leg: Leg, action: str) -> bytes | None:
+        """What the holder of KV answers; None: it has none."""
         pool = self._sources.get(leg.source)
         if pool is None:
             pool = self._sources[leg.source] = HttpPool(leg.source)
         path = f"/emulated/kv/{leg.key}/{action}".encode()
         answer = await pool.send(b"POST", path, first_byte_s=HANDSHAKE_S)
-        return bool(json.loads(await answer.body())["taken"])
+        kv = await answer.body(_LARGEST_KV_BYTES)
+        return kv if answer.status == 200 else None
 
     async def fetch(self, leg: Leg, job: Job) -> None:
         """Bring the KV of a prompt here; raises UpstreamError when its holder is gone or gives it up."""
-        renewed_s = time.monotonic()
-        while not self._room_for(job):  # held by its producer until there is room, renewed only while we step
-            await asyncio.sleep(0.005)
-            due_s = renewed_s + self.options.lease_s / 6
-            if not leg.waits and time.monotonic() >= due_s and self.gpu.last_step_s >= renewed_s:
+        while True:  # held by its producer until there is room, renewed only while we step
+            waits_since_s = time.monotonic()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.options.lease_s / 6):
+                    await self.gpu.admit(job)
+                    break
+            if not leg.waits and self.gpu.last_step_s >= waits_since_s:
                 await self._ask(leg, "renew")
-                renewed_s = time.monotonic()
-        taken = await self._ask(leg, "wait" if leg.waits else "take")
-        if leg.waits and not taken:
+        kv = await self._ask(leg, "wait" if leg.waits else "take")
+        if leg.waits and kv is None:
             raise UpstreamError("lost", "the prefill leg failed")
-        link = self.options.kv_transfer
-        transfer_s = link.latency_s + job.prompt_tokens * link.bytes_per_token / link.bytes_per_s
-        await asyncio.sleep(transfer_s * self.options.time_scale)
-
-    def _room_for(self, job: Job) -> bool:
-        held = self.gpu.residents or self.gpu.ready
-        limits = self.options.limits
-        if len(self.gpu.residents) + len(self.gpu.ready) >= limits.max_batch:
-            return False
-        return not held or self.gpu.kv_used_tokens + job.context_tokens + 1 <= limits.kv_tokens
+        await self.gpu.receive(job, kv)
 
     # -- generation
 
@@ -286,7 +288,8 @@ class EmulatedWorker:
             leg = Leg(True, leg.key, needs_decode_first=leg.needs_decode_first)
         headers = dict(scope["headers"])
         request_id = headers.get(b"x-request-id", uuid4().hex.encode()).decode("latin-1")
-        says = NativeAnswer(request_id, jobs) if native else Answer(request_id, str(model), chat)
+        tells_ids = bool(body.get("return_token_ids"))
+        says = NativeAnswer(request_id, jobs) if native else Answer(request_id, str(model), chat, tells_ids)
         run = Generation(self, says, jobs, leg, body, fault, scope["client"])
         try:
             await unless_gone(run.go(send), receive)
@@ -302,17 +305,15 @@ class EmulatedWorker:
             raise BadRequest("priority must be an integer")
         if self.options.engine == "sglang":  # there the higher runs first
             priority = -priority
-        return [
-            Job(
-                prompt.tokens,
-                limit,
-                cached_tokens=self._hit(prompt),
-                priority=priority,
-                slowness=10.0 if fault is Fault.SLOW else 1.0,
-            )
-            for prompt in prompts
-            for _ in range(n)
-        ]
+        jobs = []
+        for prompt in prompts:
+            for _ in range(n):
+                job = self.gpu.job(prompt, limit, body)
+                job.cached_tokens = self._hit(prompt)
+                job.priority = priority
+                job.slowness = 10.0 if fault is Fault.SLOW else 1.0
+                jobs.append(job)
+        return jobs
 
     def _hit(self, prompt: Prompt) -> int:
         if self._cache is None:
