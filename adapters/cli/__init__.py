@@ -61,6 +61,7 @@ def commands() -> "typer.Typer":
         load,
         models,
         policies,
+        profile,
         rehearse,
         report,
         serve,
@@ -78,7 +79,7 @@ def commands() -> "typer.Typer":
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    offline = (demo, simulate, load, models, telemetry, traces, policies, report)
+    offline = (demo, simulate, load, models, profile, telemetry, traces, policies, report)
     online = (serve, gateway, worker, explain, doctor, db, keys, strategies, experiments, rehearse)
     for group in (*offline, *online, configuration):
         group.register(app)
