@@ -87,6 +87,25 @@ KINDS = {
 }
 """Every kind of engine that the gateway speaks with."""
 
+QUICK = {"timeouts": {"first_token_s": 0.3, "idle_s": 0.3, "total_s": 1.0, "connect_s": 0.5, "drain_s": 0.5}}
+"""Settings of a gateway that does not wait long."""
+
+
+def left_behind(gateway: Gateway) -> dict[str, int]:
+    """What a gateway that has nothing to do still counts."""
+    scheduler = gateway.scheduler
+    sides = [i.decode for i in scheduler.instances.values() if i.decode]
+    return {
+        "calls": len(gateway.app.calls) + gateway.app.others,
+        "waiting": len(scheduler.waiting) + sum(pool.waiting_requests() for pool in scheduler.pools),
+        "prompts": sum(len(i.prefill.flights) for i in scheduler.instances.values() if i.prefill),
+        "decodes": sum(side.requests + side.sum_context_tokens for side in sides),
+        "busy connections": sum(i.http.busy for i in scheduler.instances.values()),
+    }
+
+
+NOTHING = dict.fromkeys(("calls", "waiting", "prompts", "decodes", "busy connections"), 0)
+
 
 # -- as processes
 

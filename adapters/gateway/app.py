@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 from kairos.adapters.asgi import Headers, Receive, Scope, Send, answer, unless_gone
 from kairos.adapters.gateway import dialects
@@ -165,9 +166,12 @@ class App:
         if self.draining:
             raise CallError(503, "shutting_down", "the gateway is ending", 1)
         identity = self.trust.identify(headers, _client(scope))
-        raw = await read_body(receive, headers, self.settings.max_body_bytes, self.settings.timeouts.idle_s)
-        body = NativeBody(raw, self._native_model()) if scope["path"] == _NATIVE else Body(raw)
-        text = body.text(chat)
+        raw = await self._body(receive, headers)
+        try:
+            body = NativeBody(raw, self._native_model()) if scope["path"] == _NATIVE else Body(raw)
+            text = body.text(chat)
+        except RecursionError:
+            raise CallError(400, "invalid_json", "the body is nested too deeply") from None
         number, path = next(self._numbers), scope["path"].encode()
         call = Call(number, request_id_of(headers), path, chat, body, text, arrival_s)
         self.trust.set_targets(call, identity, headers)
@@ -200,7 +204,8 @@ class App:
                 call.prompt_tokens = max(1, sum(map(len, prompts)) + media_tokens)
         if prompts is not None and len(prompts) == 1 and not call.text.media and not call.body.is_salted:
             adapter = call.model if call.model in self._adapters() else ""
-            call.token_blocks = {size: token_blocks(prompts[0], size, adapter) for size in sizes}
+            with suppress(OverflowError):  # no token has such a number: its engine says so
+                call.token_blocks = {size: token_blocks(prompts[0], size, adapter) for size in sizes}
 
     def _native_model(self) -> str:
         """The model of SGLang engines where there is only one.
@@ -215,6 +220,10 @@ class App:
 
     def _adapters(self) -> set[str]:
         return {name for instance in self._scheduler.instances.values() for name in instance.group.adapters}
+
+    async def _body(self, receive: Receive, headers: Headers) -> bytes:
+        timeouts = self.settings.timeouts
+        return await read_body(receive, headers, self.settings.max_body_bytes, timeouts.idle_s, timeouts.total_s)
 
     def _learn(self, call: Call) -> None:
         """Take in what the engine counted."""
@@ -267,7 +276,7 @@ class App:
             if self.draining:
                 raise CallError(503, "shutting_down", "the gateway is ending", 1)
             self.trust.identify(headers, _client(scope))
-            raw = await read_body(receive, headers, self.settings.max_body_bytes, self.settings.timeouts.idle_s)
+            raw = await self._body(receive, headers)
             instance = self._least_loaded(_model_of(headers, raw))
         except CallError as problem:
             await _refuse(send, problem)

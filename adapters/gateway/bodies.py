@@ -231,37 +231,36 @@ def _parts(messages: object) -> list[object]:
     return parts
 
 
-async def read_body(receive: Receive, headers: Headers, limit_bytes: int, idle_s: float) -> bytes:
-    """The body of a request.
+async def read_body(
+    receive: Receive, headers: Headers, limit_bytes: int, idle_s: float, total_s: float = float("inf")
+) -> bytes:
+    """The body of a request, each piece of it within `idle_s`, all of it within `total_s`.
 
     Raises:
         CallError: it is too large, comes too slowly, or its client left.
     """
+    loop = asyncio.get_running_loop()
+    ends_s = loop.time() + total_s
     declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > limit_bytes:
         raise _too_large(limit_bytes)
-    message = await receive()
-    if message["type"] == "http.request" and not message.get("more_body"):
-        body: bytes = message.get("body", b"")
-        if len(body) > limit_bytes:
-            raise _too_large(limit_bytes)
-        return body
     parts: list[bytes] = []
     size = 0
     try:
-        while True:
-            if message["type"] == "http.disconnect":
-                raise CallError(499, "client_left", "the client left")
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > limit_bytes:
-                raise _too_large(limit_bytes)
-            if not message.get("more_body"):
-                return b"".join(parts)
-            async with asyncio.timeout(idle_s):
+        async with asyncio.timeout(min(idle_s, total_s)) as limit:
+            while True:
                 message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise CallError(499, "client_left", "the client left")
+                parts.append(message.get("body", b""))
+                size += len(parts[-1])
+                if size > limit_bytes:
+                    raise _too_large(limit_bytes)
+                if not message.get("more_body"):
+                    return parts[0] if len(parts) == 1 else b"".join(parts)
+                limit.reschedule(min(loop.time() + idle_s, ends_s))
     except TimeoutError:
-        raise CallError(408, "body_too_slow", f"no piece of the body came for {idle_s:g} s") from None
+        raise CallError(408, "body_too_slow", f"a piece of the body took {idle_s:g} s, or all {total_s:g} s") from None
 
 
 def _too_large(limit_bytes: int) -> CallError:

@@ -26,7 +26,7 @@ from kairos.adapters.gateway.tokens import TokenEstimates
 from kairos.adapters.gateway.trust import Trust
 from kairos.scheduler_core.config import GatewaySettings, Settings
 from kairos.scheduler_core.domain import Profile
-from kairos.scheduler_core.errors import ConfigError
+from kairos.scheduler_core.errors import ConfigError, KairosError
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +69,8 @@ class Gateway:
         self._numbers: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self.control: ControlLink | None = None
+        self.stalled = 0
+        """Connections that were cut because their clients did nothing for too long."""
         self._model_versions: dict[str, str] = {}
         """Of the models that were pulled, by profile id."""
         key = settings.service.schedule_key
@@ -210,16 +212,24 @@ class Gateway:
     async def _resolve(self) -> None:
         while True:
             await asyncio.sleep(_RESOLVE_S)
-            await self._bring_fleet_to(await members_of(self.settings, self._members.values()))
+            try:
+                await self._bring_fleet_to(await members_of(self.settings, self._members.values()))
+            except KairosError as problem:
+                _log.error("the fleet stays as it is: %s", problem)
 
     # -- time
 
     async def _sweep(self) -> None:
-        """End what is out of time, or whose client has left."""
+        """End what is out of time, or whose client has left or does nothing."""
+        looked_s = time.monotonic()
         while True:
             await asyncio.sleep(_SWEEP_S)
             self.app.watch_clients()
             now_s = time.monotonic()
+            idle_s = self.settings.gateway.timeouts.idle_s
+            if now_s >= looked_s + min(1.0, idle_s / 4):  # there may be thousands
+                looked_s = now_s
+                self.stalled += self.server.cut_stalled(idle_s, now_s)
             for call in list(self.app.calls.values()):
                 if now_s > call.total_deadline_s:
                     call.interrupt(CallError(504, "deadline", "the request took longer than timeouts.total_s"))
@@ -255,6 +265,7 @@ class Gateway:
         yield "kairos_gateway_waiting", "requests that wait in the gateway", (), len(scheduler.waiting)
         yield "kairos_gateway_running", "requests that have not ended", (), len(self.app.calls) + self.app.others
         yield "kairos_gateway_client_connections", "open connections of clients", (), self.server.connections
+        yield "kairos_gateway_stalled_clients_total", "connections cut: nothing came or went", (), self.stalled
         yield "kairos_gateway_retries_total", "requests that were tried once more", (), self.relay.retries
         for name in {decider.strategy.name for decider in scheduler.deciders}:
             text = "the strategy in force, or those of both halves of the fleet"

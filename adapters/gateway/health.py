@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -159,7 +160,7 @@ class Health:
             return  # metrics may be switched off: what passes through the gateway is known anyway
         sums: dict[str, float] = {}
         for name, value in _SAMPLE.findall(body.decode("utf-8", "replace")):
-            sums[name] = sums.get(name, 0.0) + float(value)
+            sums[name] = sums.get(name, 0.0) + _number(value)
         instance.scraped = scraped(instance.engine, sums)
         generated = sums.get(f"{instance.engine}:generation_tokens_total")
         if instance.decode is None or generated is None:
@@ -184,6 +185,15 @@ def scraped(engine: str, sums: dict[str, float]) -> Scraped:
         min(max(sums.get("vllm:kv_cache_usage_perc", 0.0), 0.0), 1.0),
         int(sums.get("vllm:nixl_num_kv_expired_reqs_total", 0)),
     )
+
+
+def _number(text: str) -> float:
+    """A sample's value; 0 for what is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return 0.0
+    return value if math.isfinite(value) else 0.0
 
 
 def _version(body: bytes) -> str:

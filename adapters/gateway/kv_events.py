@@ -104,11 +104,13 @@ class StoredBlocks:
     def _store(self, told: dict[str, Any]) -> None:
         tokens, self.block_tokens = told["token_ids"], int(told["block_size"])
         before = told["parent_block_hash"]
-        parent = (told.get("lora_name") or "").encode() if before is None else self._by_hash.get(before)
+        adapter = told.get("lora_name") or ""
+        parent = adapter.encode() if before is None else self._by_hash.get(before)
         extra = told.get("extra_keys") or ()
         for place, block_hash in enumerate(told["block_hashes"]):
-            if parent is None or (place < len(extra) and extra[place]):
-                return  # after a block that nobody told of, or not of tokens alone
+            keys = (extra[place] if place < len(extra) else None) or ()
+            if parent is None or any(key != adapter for key in keys):
+                return  # after a block that nobody told of, or with an image or a salt in it
             parent = _block_after(parent, tokens[place * self.block_tokens : (place + 1) * self.block_tokens])
             self._by_hash[block_hash] = parent
             self._stored.add(parent)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from builders import step_times
 from emulated import MODEL, call, events, options, run, until
-from gateways import KINDS, behind_gateway, pair, running_gateway, settings_for
+from gateways import KINDS, NOTHING, QUICK, behind_gateway, left_behind, pair, running_gateway, settings_for
 
 from kairos.adapters.asgi import answer
 from kairos.adapters.asgi_server import AsgiServer
@@ -19,8 +19,6 @@ from kairos.adapters.gateway import health
 from kairos.adapters.gateway.bodies import read_body
 from kairos.adapters.gateway.gateway import Gateway
 from kairos.adapters.http_client import HttpPool, UpstreamError
-
-QUICK = {"timeouts": {"first_token_s": 0.3, "idle_s": 0.3, "total_s": 1.0, "connect_s": 0.5, "drain_s": 0.5}}
 
 
 def asked(stream: bool = True, **changes: Any) -> dict[str, Any]:
@@ -34,19 +32,6 @@ def code_of(body: bytes) -> str:
     return str(json.loads(body)["error"]["code"])
 
 
-def left_behind(gateway: Gateway) -> dict[str, int]:
-    """What a gateway that has nothing to do still counts."""
-    scheduler = gateway.scheduler
-    sides = [i.decode for i in scheduler.instances.values() if i.decode]
-    return {
-        "calls": len(gateway.app.calls) + gateway.app.others,
-        "waiting": len(scheduler.waiting) + sum(pool.waiting_requests() for pool in scheduler.pools),
-        "prompts": sum(len(i.prefill.flights) for i in scheduler.instances.values() if i.prefill),
-        "decodes": sum(side.requests + side.sum_context_tokens for side in sides),
-        "busy connections": sum(i.http.busy for i in scheduler.instances.values()),
-    }
-
-
 class Once(Faults):
     """A fault for the first request alone."""
 
@@ -57,9 +42,6 @@ class Once(Faults):
     def draw(self) -> Fault | None:
         fault, self._first = self._first, None
         return fault
-
-
-NOTHING = dict.fromkeys(("calls", "waiting", "prompts", "decodes", "busy connections"), 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -416,3 +398,106 @@ def test_a_client_that_leaves_another_path_ends_the_engines_work() -> None:
         return requests
 
     assert run(work()) == 0
+
+
+# -- clients that do nothing
+
+
+async def raw_client(gateway: Gateway, sent: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A client that has sent so much and reads no more than fits in its buffers."""
+    reader, writer = await asyncio.open_connection(gateway.server.host, gateway.server.port, limit=1024)
+    writer.write(sent)
+    return reader, writer
+
+
+def test_a_client_that_reads_nothing_loses_its_connection_and_its_request_ends() -> None:
+    event = b'data: {"choices":[{"index":0,"text":"' + b"x" * 100_000 + b'"}]}\n\n'
+    left = asyncio.Event()
+
+    async def engine(scope: Any, receive: Any, send: Any) -> None:
+        if scope["method"] == "GET":
+            await answer(send, 200, b'{"version": "0.32.0"}')
+            return
+        await read_body(receive, {}, 10**6, 1.0)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+        async def gone() -> None:
+            await receive()
+            left.set()
+
+        watch = asyncio.ensure_future(gone())
+        while not left.is_set():
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await watch
+
+    async def work() -> tuple[int, int, dict[str, int]]:
+        server = AsgiServer(engine)
+        await server.start()
+        fleet = {"mixed": [{"profile": "p", "url": server.address}]}
+        quick = {"timeouts": QUICK["timeouts"] | {"total_s": 1000, "first_token_s": 1000}}
+        async with running_gateway(settings_for(fleet, quick)) as gateway:
+            body = json.dumps(asked()).encode()
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: h\r\ncontent-length: %d\r\n\r\n" % len(body)
+            _, writer = await raw_client(gateway, head + body)
+            await until(lambda: gateway.stalled == 1)
+            await until(lambda: left_behind(gateway) == NOTHING)
+            await left.wait()
+            writer.transport.abort()
+            counted = gateway.metrics.outcomes["client_left", "client_left"]
+            connections = gateway.server.connections
+        await server.stop()
+        return counted, connections, NOTHING
+
+    assert run(work())[:2] == (1, 0)
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/completions HTTP/1.1\r\nhost: h\r\n"])
+def test_a_client_that_sends_no_request_loses_its_connection(sent: bytes) -> None:
+    async def work() -> tuple[bytes, int]:
+        async with behind_gateway(options(), gateway=QUICK) as (gateway, _):
+            reader, writer = await raw_client(gateway, sent)
+            told = await reader.read()
+            writer.close()
+            return told, gateway.stalled
+
+    assert run(work()) == (b"", 1)
+
+
+@pytest.mark.parametrize("sent", [b"", b'{"model"'])
+def test_a_body_that_does_not_come_is_answered_408(sent: bytes) -> None:
+    async def work() -> tuple[bytes, int]:
+        async with behind_gateway(options(), gateway=QUICK) as (gateway, _):
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: h\r\ncontent-length: 100\r\n\r\n"
+            reader, writer = await raw_client(gateway, head + sent)
+            status = await reader.readline()
+            writer.close()
+            return status.split()[1], gateway.metrics.outcomes["refused", "body_too_slow"]
+
+    assert run(work()) == (b"408", 1)
+
+
+def test_an_engine_whose_metrics_make_no_sense_is_served_all_the_same() -> None:
+    metrics = b"vllm:num_requests_running{} NaN\nvllm:num_requests_waiting{} many\nvllm:kv_cache_usage_perc +Inf\n"
+
+    async def engine(scope: Any, receive: Any, send: Any) -> None:
+        await answer(send, 200, metrics if scope["path"] == "/metrics" else b'{"version": "0.32.0"}')
+
+    async def work() -> bool:
+        server = AsgiServer(engine)
+        await server.start()
+        async with running_gateway(settings_for({"mixed": [{"profile": "p", "url": server.address}]})) as gateway:
+            ready = gateway.scheduler.instances["mixed-0"].is_ready
+        await server.stop()
+        return ready
+
+    assert run(work())
+
+
+def test_a_body_that_is_nested_too_deeply_is_no_json() -> None:
+    async def work() -> tuple[int, str]:
+        async with behind_gateway(options()) as (gateway, _):
+            body = b'{"model": "tiny", "prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+            status, told = await call(gateway.server.address, "/v1/completions", body)
+            return status, code_of(told)
+
+    assert run(work()) == (400, "invalid_json")

@@ -2,11 +2,12 @@
 
 import itertools
 import json
+from contextlib import suppress
 from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kairos.adapters.gateway.bodies import Body, Text
@@ -15,6 +16,7 @@ from kairos.adapters.gateway.errors import CallError
 from kairos.adapters.gateway.health import KNOWN, scraped
 from kairos.adapters.gateway.leases import KvGrant
 from kairos.adapters.gateway.metrics import GatewayMetrics, exposition
+from kairos.adapters.gateway.native import NativeBody
 from kairos.adapters.gateway.prefixes import BLOCK_BYTES, PrefixIndex, block_ids
 from kairos.adapters.gateway.stream import Relayed, usage_of
 from kairos.adapters.gateway.tokens import TokenEstimates
@@ -272,3 +274,24 @@ def test_tenants_beyond_fifty_share_a_label() -> None:
 
     assert text.count("kairos_gateway_tenant_requests_total{") == 51
     assert 'tenant="other"} 30' in text
+
+
+# -- bodies
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+FIELDS = ("model", "prompt", "messages", "stream", "stream_options", "n", "best_of", "text", "input_ids", "tools")
+SAMPLING = ("sampling_params", "image_data")
+
+
+@settings(deadline=None)
+@given(st.dictionaries(st.sampled_from(FIELDS + SAMPLING), anything), st.sampled_from(["completion", "chat", "native"]))
+def test_any_body_is_understood_or_refused(told: dict[str, Any], kind: str) -> None:
+    raw = json.dumps(told).encode()
+    with suppress(CallError):
+        body = NativeBody(raw, "m") if kind == "native" else Body(raw)
+        assert body.text(kind == "chat").sequences >= 0
+        assert isinstance(json.loads(body.whole({})), dict)

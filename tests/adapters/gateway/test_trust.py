@@ -198,6 +198,8 @@ def test_a_prompt_is_found_nowhere_but_at_the_engine(kind: str, caplog: pytest.L
                     told.append((await call(address, "/v1/completions", body))[1])
                 told.append((await call(address, "/v1/chat/completions", chat))[1])
                 told.append((await call(address, "/v1/embeddings", {"model": MODEL, "input": marker}))[1])
+                told.append((await call(address, "/generate", {"text": marker, "sampling_params": {marker: 1}}))[1])
+                told.append((await call(address, "/generate", {"text": {marker: 1}}))[1])
             told += [(await call(address, path))[1] for path in ("/metrics", "/health", "/v1/models")]
         return told
 
