@@ -89,8 +89,8 @@ class KvEventPublisher:
                     who, _, first = socket.recv_multipart()
                     for number, payload in list(self._kept):
                         if number >= int.from_bytes(first, "big"):
-                            socket.send_multipart([who, b"", number.to_bytes(8, "big"), payload])
-                    socket.send_multipart([who, b"", (-1).to_bytes(8, "big", signed=True), b""])
+                            socket.send_multipart([who, b"", b"", number.to_bytes(8, "big"), payload])
+                    socket.send_multipart([who, b"", b"", (-1).to_bytes(8, "big", signed=True), b""])
 
 
 def _bound(socket: Any, host: str, port: int) -> int:

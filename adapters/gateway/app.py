@@ -40,6 +40,9 @@ _RELAYED = frozenset(
 )
 """Paths that go unchanged to the least loaded instance; an engine's other paths are its operator's."""
 
+_AT_ONCE_TOKENS = 4096
+"""The blocks of longer prompts are found in a thread."""
+
 _HOP_BY_HOP = frozenset(
     {
         *(b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection"),
@@ -204,8 +207,13 @@ class App:
                 call.prompt_tokens = max(1, sum(map(len, prompts)) + media_tokens)
         if prompts is not None and len(prompts) == 1 and not call.text.media and not call.body.is_salted:
             adapter = call.model if call.model in self._adapters() else ""
-            with suppress(OverflowError):  # no token has such a number: its engine says so
-                call.token_blocks = {size: token_blocks(prompts[0], size, adapter) for size in sizes}
+            tokens = prompts[0]
+            for size in sizes:
+                with suppress(OverflowError):  # no token has such a number: its engine says so
+                    if len(tokens) <= _AT_ONCE_TOKENS:
+                        call.token_blocks[size] = token_blocks(tokens, size, adapter)
+                    else:
+                        call.token_blocks[size] = await asyncio.to_thread(token_blocks, tokens, size, adapter)
 
     def _native_model(self) -> str:
         """The model of SGLang engines where there is only one.

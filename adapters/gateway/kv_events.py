@@ -2,7 +2,8 @@
 
 Frames over ZMQ (PUB): a topic, a sequence number of 8 bytes, big endian, and a MessagePack batch: time, events, rank.
 Events are maps with a `type`, or arrays that begin with it. A ROUTER socket sends earlier batches again: asked with
-an empty frame and the first number wanted, it answers with (empty, number, batch) for each and the number -1 at last.
+an empty frame and the first number wanted, it answers with an empty frame, the topic (which older ones leave out), the
+number and the batch for each, and with the number -1 at last.
 
 Engines' hashes are their own, so blocks are known here by salted hashes of their tokens.
 
@@ -221,15 +222,15 @@ class KvEventReader:
             socket.connect(self._replay_address)
             socket.send_multipart([b"", first.to_bytes(8, "big")])
             while not self._ending.is_set() and socket.poll(_REPLAY_MS):
-                _, number, *payload = socket.recv_multipart()
-                if number == _END or not payload:
+                number, payload = socket.recv_multipart()[-2:]
+                if number == _END:
                     return
                 place = int.from_bytes(number, "big")
                 if self._sequence >= 0 and place > self._sequence + 1:
                     return  # it does not keep what is missing
                 if place > self._sequence:
                     self.counts["replayed"] += 1
-                    self._take(place, payload[0])
+                    self._take(place, payload)
 
 
 def _batch(payload: bytes) -> tuple[float, list[object]]:

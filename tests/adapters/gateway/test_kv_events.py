@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from kairos.adapters.emulator.kv_events import KvEventPublisher
 from kairos.adapters.emulator.prompts import Prompt, prompts_of
 from kairos.adapters.emulator.worker import EmulatedWorker
 from kairos.adapters.gateway.kv_events import KvEventReader, StoredBlocks, token_blocks
+from kairos.scheduler_core.errors import ConfigError
 
 TOKENS = list(range(100, 148))
 """Three blocks of 16."""
@@ -112,7 +114,12 @@ def heard(publisher: KvEventPublisher, replays: bool = True) -> Iterator[KvEvent
 
 @contextmanager
 def publishing(port: int = 0, replay_port: int = 0) -> Iterator[KvEventPublisher]:
-    publisher = KvEventPublisher("127.0.0.1", port, replay_port)
+    while True:
+        try:
+            publisher = KvEventPublisher("127.0.0.1", port, replay_port)
+            break
+        except ConfigError:  # ZeroMQ lets go of ports a little after a socket was closed
+            time.sleep(0.01)
     try:
         yield publisher
     finally:
