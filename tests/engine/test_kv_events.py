@@ -21,11 +21,12 @@ def cached_tokens(engine: Engine, prompt: list[int]) -> int:
     return int((usage["prompt_tokens_details"] or {}).get("cached_tokens") or 0)
 
 
-def known_tokens(reader: KvEventReader, prompt: list[int], at_least: int) -> int:
-    """How much of a prompt the gateway takes to be there, once it has heard of so much."""
+def known_tokens(reader: KvEventReader, prompt: list[int], computed: int) -> int:
+    """How much of a prompt the gateway takes to be there, once it has heard of all that was computed of it."""
     for _ in range(300):
-        found = reader.stored.hit_tokens(token_blocks(prompt, reader.stored.block_tokens or 16))
-        if found >= at_least:
+        size = reader.stored.block_tokens
+        found = reader.stored.hit_tokens(token_blocks(prompt, size)) if size else 0
+        if size and found == computed - computed % size:
             return found
         time.sleep(0.1)
     raise AssertionError(f"heard of {len(reader.stored)} blocks: {reader.counts}")
@@ -43,11 +44,11 @@ def test_what_a_real_vllm_says_of_its_cache_is_what_it_then_finds_there(version:
         reader = KvEventReader(f"tcp://127.0.0.1:{port}", f"tcp://127.0.0.1:{replay}")
         reader.start()
         try:
-            before = known_tokens(reader, first, 380)  # said before it was heard
+            before = known_tokens(reader, first, 400)  # said before it was heard
             assert cached_tokens(engine, second) == 0
-            known_tokens(reader, second, 980)
+            known_tokens(reader, second, 1000)
             longer = second[:600] + prompt_of(100, 3)
-            expected = known_tokens(reader, longer, 580)
+            expected = known_tokens(reader, longer, 600)
             found = cached_tokens(engine, longer), cached_tokens(engine, first)
         finally:
             reader.close()
