@@ -109,15 +109,18 @@ def live(case: Case, strategy: str, seconds: float, traces: Path, folder: Path) 
         running(folder / "worker.log", "worker", "emulate", "--config", config, "--whole-fleet") as worker,
         running(folder / "gateway.log", "gateway", "--config", config) as gateway,
     ):
-        wait_for(f"{address}/health", gateway, folder / "gateway.log")
+        wait_for(f"{address}/health", worker, gateway)
         wait_for_all(address)
-        before = {name: cpu_s(process) for name, process in (("emulator", worker), ("gateway", gateway))}
+        before = {name: cpu_s(each.process) for name, each in (("emulator", worker), ("gateway", gateway))}
         began_s = time.monotonic()
         with running(folder / "load.log", "load", *trace, "--url", address, "--out", folder / "live") as generator:
-            if generator.wait() != 0:
+            if generator.process.wait() != 0:
                 raise SystemExit(f"kairos load failed: {(folder / 'load.log').read_text()}")
         took_s = time.monotonic() - began_s
-        return {name: (cpu_s(p) - before[name]) / took_s for name, p in (("emulator", worker), ("gateway", gateway))}
+        return {
+            name: (cpu_s(each.process) - before[name]) / took_s
+            for name, each in (("emulator", worker), ("gateway", gateway))
+        }
 
 
 def replayed(case: Case, seconds: float, traces: Path, folder: Path) -> list[object]:
@@ -129,8 +132,8 @@ def replayed(case: Case, seconds: float, traces: Path, folder: Path) -> list[obj
 def simulated(case: Case, seconds: float, traces: Path, folder: Path) -> None:
     """The same, simulated."""
     log = folder / "simulate.log"
-    with running(log, "simulate", *replayed(case, seconds, traces, folder), "--out", folder / "simulated") as process:
-        if process.wait() != 0:
+    with running(log, "simulate", *replayed(case, seconds, traces, folder), "--out", folder / "simulated") as started:
+        if started.process.wait() != 0:
             raise SystemExit(f"kairos simulate failed: {log.read_text()}")
 
 

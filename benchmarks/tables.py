@@ -1,4 +1,4 @@
-"""docs/results.md, and "Measured" of docs/statistics.md, from the results files: no figure there is typed by hand.
+"""docs/results.md, and parts of statistics.md and deployment.md, from the results files: no figure is typed by hand.
 
 python benchmarks/tables.py
 """
@@ -156,6 +156,43 @@ def statistics_page() -> str:
     return before + measured() + "## Sources\n" + rest.split("## Sources\n", 1)[1]
 
 
+SIZES = (
+    ("service", "idle_mb", "memory of the service, SQLite, after its start", "{:.0f} MB"),
+    ("service", "after_mb", "the same after {steps:,} steps of telemetry", "{:.0f} MB"),
+    ("service", "training_mb", "memory of its training process, at most", "{:.0f} MB"),
+    ("service", "ingest_us_per_row", "CPU of the service for a row of telemetry", "{:.1f} us"),
+    (
+        "service",
+        "schedule_us_per_call",
+        "for a `POST /schedule` of `examples/schedule.json`, HTTP included",
+        "{:.0f} us",
+    ),
+    ("gateway", "idle_mb", "memory of the gateway after its start", "{:.0f} MB"),
+    ("gateway", "waiting_kb_per_request", "for each request that waits in it, {prompt_tokens:,} tokens", "{:.0f} kB"),
+    (
+        "gateway",
+        "arrival_us_per_request",
+        "CPU of the gateway until such a request waits, its connection new",
+        "{:.0f} us",
+    ),
+)
+
+
+def sizes() -> str:
+    """The section of docs/deployment.md: what Kairos takes of a machine."""
+    results = json.loads((RESULTS / "sizing.json").read_text())
+    rows = [(what.format(**results["about"]), shown.format(results[of][name])) for of, name, what, shown in SIZES]
+    return f"## How large\n\n{made_by(results)}\n\n{table(('', ''), rows)}\n\n"
+
+
+def deployment_page() -> str:
+    """docs/deployment.md with that section as the results say now."""
+    text = (DOCS / "deployment.md").read_text()
+    before, rest = text.split("## How large\n", 1)
+    return before + sizes() + "### In the chart\n" + rest.split("### In the chart\n", 1)[1]
+
+
 if __name__ == "__main__":
     (DOCS / "results.md").write_text(page())
     (DOCS / "statistics.md").write_text(statistics_page())
+    (DOCS / "deployment.md").write_text(deployment_page())

@@ -6,13 +6,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
 from kairos.scheduler_core.errors import KairosError
 
-_START_LIMIT_S = 60.0
+_START_LIMIT_S = 120.0
 _END_LIMIT_S = 30.0
 _PROGRAM = (sys.executable, "-c", "from kairos.adapters.cli import main; main()")
 
@@ -26,8 +27,16 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in taken]
 
 
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A program that was started, and where its words go."""
+
+    process: "subprocess.Popen[bytes]"
+    log: Path
+
+
 @contextmanager
-def running(log: Path, *arguments: object) -> Iterator["subprocess.Popen[bytes]"]:
+def running(log: Path, *arguments: object) -> Iterator[Started]:
     """`kairos ARGUMENTS`, ended by SIGTERM at the end; what it says goes to a file.
 
     It is in a process group of its own: Ctrl-C reaches it through whoever started it, in order.
@@ -41,7 +50,7 @@ def running(log: Path, *arguments: object) -> Iterator["subprocess.Popen[bytes]"
             process_group=0,
         )
     try:
-        yield process
+        yield Started(process, log)
     finally:
         process.terminate()
         try:
@@ -53,16 +62,19 @@ def running(log: Path, *arguments: object) -> Iterator["subprocess.Popen[bytes]"
             process.wait()
 
 
-def wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    """Wait until an address answers with 200.
+def wait_for(url: str, *needed: Started) -> None:
+    """Wait until an address answers with 200, which needs some programs.
 
     Raises:
-        KairosError: the process ended, or it did not in a minute.
+        KairosError: one of them ended, or it did not answer in time.
     """
     until_s = time.monotonic() + _START_LIMIT_S
     while True:
-        if process.poll() is not None or time.monotonic() > until_s:
-            raise KairosError(f"{url} did not start; its last words are in {log}")
+        for each in needed:
+            if each.process.poll() is not None:
+                raise KairosError(f"a program ended before {url} answered; its last words are in {each.log}")
+        if time.monotonic() > until_s:
+            raise KairosError(f"{url} did not answer in {_START_LIMIT_S:.0f} s; see {needed[-1].log}")
         try:
             if httpx.get(url, timeout=2.0, trust_env=False).status_code == httpx.codes.OK:
                 return

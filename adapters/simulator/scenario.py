@@ -77,12 +77,13 @@ def _trace_of(path: Path) -> Trace:
 
 @lru_cache(maxsize=4)
 def workload_of(scenario: Scenario) -> Workload:
-    """What is submitted."""
-    fleet = fleet_of(scenario.fleet)
-    times = fleet.prefill[0].instance.step_times
+    """What is submitted; the fleet may be one of mixed instances, which is sent to and not simulated."""
+    settings = settings_of(scenario.fleet)
+    prefill = settings.fleet.prefill or settings.fleet.mixed
+    times = step_times_of(settings, prefill[0].profile)
     workload = build_workload(
         _trace_of(scenario.trace),
-        settings_of(scenario.fleet).slo,
+        settings.slo,
         times,
         None if scenario.target is None else parse_target(scenario.target),
         scenario.jitter_s,
@@ -90,11 +91,11 @@ def workload_of(scenario: Scenario) -> Workload:
         scenario.limit_s,
     )
     if scenario.load is not None:
-        return at_load(workload, scenario.load, times, len(fleet.prefill))
+        return at_load(workload, scenario.load, times, sum(group.count for group in prefill))
     if scenario.decode_load is not None:
-        return at_decode_load(
-            workload, scenario.decode_load, [unit.instance.step_times.decode_line for unit in fleet.decode]
-        )
+        decode = settings.fleet.decode or settings.fleet.mixed
+        lines = [step_times_of(settings, group.profile).decode_line for group in decode for _ in range(group.count)]
+        return at_decode_load(workload, scenario.decode_load, lines)
     return workload if scenario.time_scale is None else scale_time(workload, scenario.time_scale)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from emulated import MODEL, run, until, workers
 from emulated import options as worker
-from gateways import behind_gateway, pair
+from gateways import behind_gateway, pair, settings_for
 from simulations import workload
 
 from kairos.adapters.asgi import Receive, Scope, Send, answer
@@ -19,6 +19,7 @@ from kairos.adapters.emulator.faults import Fault
 from kairos.adapters.loadgen import Endpoint, LiveRun, send_all, write_live_run
 from kairos.adapters.simulator.evidence import Meta
 from kairos.adapters.simulator.log import REQUEST_COLUMNS
+from kairos.adapters.simulator.scenario import Scenario, workload_of
 from kairos.adapters.simulator.tables import STATUSES, Workload
 
 SENT = workload([5.0, 5.05, 5.05, 5.3], [40, 800, 17, 3], [3, 5, 1, 8], ttft_target_s=[5.0, 5.0, 5.0, 1e-6])
@@ -88,6 +89,16 @@ def test_tenants_classes_and_targets_reach_the_gateway() -> None:
     run(story())
 
     assert sorted(seen) == [("batch", "a", 3.0), ("batch", "a", 5.0), ("default", "", 5.0), ("default", "b", 5.0)]
+
+
+def test_a_trace_is_scaled_to_a_fleet_of_mixed_instances_too(tmp_path: Path) -> None:
+    settings = settings_for({"mixed": [{"profile": "p"}, {"profile": "p"}]})
+    (tmp_path / "kairos.yaml").write_text(settings.model_dump_json(include={"profiles", "fleet"}))
+    (tmp_path / "trace.csv").write_text("arrival_s,input_tokens,output_tokens\n0,1000000,1\n9,1000000,1\n")
+
+    sent = workload_of(Scenario(tmp_path / "trace.csv", str(tmp_path / "kairos.yaml"), load=0.5))
+
+    assert sent.arrival_s.tolist() == pytest.approx([0.0, 2.0]), "two seconds of work for two instances at half load"
 
 
 def test_a_slow_answer_holds_no_later_request_up() -> None:
