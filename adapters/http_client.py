@@ -228,12 +228,12 @@ class _Connection(asyncio.Protocol):
         self.idle_since_s = 0.0
         self._busy = False
         self._given_up = False
+        self._parser = httptools.HttpResponseParser(self)
         self._begin()
 
     def _begin(self) -> None:
         self.status = 0
         self.headers: Headers = []
-        self._parser = httptools.HttpResponseParser(self)
         self._chunks: list[bytes] = []
         self._buffered = 0
         self._complete = False

@@ -200,6 +200,12 @@ class Decider:
                 queue.note_started(request)
         lane.current = decision.requests[-1].request_id
 
+    def prefill_started_at_once(self, lane: PrefillLane, request: Waiting) -> None:
+        """Bind a request that came while nothing waited and there was room: no policy had anything to decide."""
+        for queue in lane.queues():
+            queue.note_started(request)
+        lane.current, lane.owed = request.request_id, None
+
     def prefill_ended(self, lane: PrefillLane, seconds: float, new_tokens: int, done: Iterable[RequestId]) -> None:
         """Account for a step that ended; `done` are the prompts that it completed."""
         lane.guard.fill(seconds, lane.owed)

@@ -86,10 +86,11 @@ class Body:
         Raises:
             CallError: there is no prompt, or it is of no known form.
         """
-        n = self._count("n", 1) or 1
-        best_of = self._count("best_of", 0)
         text = self._chat() if chat else self._prompt()
-        return msgspec.structs.replace(text, sequences=text.sequences * max(n, best_of))
+        if "n" in self.fields or "best_of" in self.fields:
+            several = max(self._count("n", 1), self._count("best_of", 0), 1)
+            return msgspec.structs.replace(text, sequences=text.sequences * several)
+        return text
 
     def prefix(self, chat: bool) -> list[bytes]:
         """The bytes that decide what a KV cache holds, those that come first in front."""

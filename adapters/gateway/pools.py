@@ -35,6 +35,8 @@ class Pool:
         self.instances: list[LiveInstance] = []
         self.shared: dict[object, WaitingQueue] = {}
         """The unbound requests, as each group of instances that predict alike sees them."""
+        self.knows_prefixes = False
+        """Instances differ in the prefixes that they have."""
         self.waiting_s = 0.0
         """Predicted prefill seconds of all that waits."""
 
@@ -42,6 +44,7 @@ class Pool:
         """Give every instance its lane; those in `kept` go on with the guard and the policy that they have."""
         decider = self.decider
         sides = [side_of(instance) for instance in self.instances]
+        self.knows_prefixes = len(sides) > 1 and any(side.knows_prefixes for side in sides)
         known = [side.lane for side in sides if side.instance.instance_id in kept]
         shared_rule = known[0].rule if known else decider.prefill_rule()
         for side in sides:
@@ -100,6 +103,18 @@ class Pool:
                 if started:
                     queue.note_started(request)
         self.waiting_s = max(0.0, self.waiting_s - seconds)
+
+    def at_once(self, place: str | None, now_s: float) -> LiveInstance | None:
+        """The instance that takes a request which arrives while nothing waits; None where that is to be decided.
+
+        Unbound, it may be left to a peer that has its prefix.
+        """
+        if place is None and self.knows_prefixes:
+            return None
+        able = [i for i in self.instances if place in (None, i.instance_id) and side_of(i).has_room(now_s)]
+        if len(able) < 2:
+            return able[0] if able else None
+        return min(able, key=lambda instance: side_of(instance).free_at_s)
 
     def able(self, now_s: float, asked: Set[str] = frozenset()) -> LiveInstance | None:
         """The instance that is free first, of those that have room and something to choose from and are not `asked`."""

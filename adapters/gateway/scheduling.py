@@ -17,6 +17,7 @@ from kairos.adapters.gateway.pools import Pool, Views, side_of, waiting_of
 from kairos.scheduler_core.config import Guards
 from kairos.scheduler_core.decider import Decider
 from kairos.scheduler_core.decision import PrefillDecision
+from kairos.scheduler_core.domain import Waiting
 from kairos.scheduler_core.policy import AdmissionView, DecodePlacementView, PrefillPlacementView
 from kairos.scheduler_core.strategy import Strategy, not_applied
 
@@ -145,7 +146,8 @@ class Scheduler:
         for call in sorted(self.waiting.values(), key=lambda call: call.number):
             try:
                 pool = self._pool(call)
-                self._let_wait(call, pool, pool.views(call))
+                views, now_s = pool.views(call), self._clock()
+                pool.add(views, self._placed(pool, views, now_s), now_s)
             except CallError as problem:
                 del self.waiting[call.number]
                 _resolve(call, problem)
@@ -183,7 +185,14 @@ class Scheduler:
         if not decider.accepts_all:
             self._admit(pool, views, now_s)
         call.predicted_ttft_s = now_s - call.arrival_s + pool.roughly_s(views, now_s)
-        self._let_wait(call, pool, views)
+        place = self._placed(pool, views, now_s)
+        if not self.waiting and (instance := pool.at_once(place, now_s)) is not None:
+            request = views[instance.instance_id]
+            pool.decider.prefill_started_at_once(side_of(instance).lane, request)
+            self._send(pool, instance, call, request, now_s, started_ns)
+            return
+        pool.add(views, place, now_s)
+        self.waiting[call.number] = call
         call.decision_us += (time.perf_counter_ns() - started_ns) / 1e3
         self.stir(pool)
 
@@ -208,7 +217,7 @@ class Scheduler:
         """Let every instance that has room decide; the one that is free first before the others."""
         for pool in self.pools if only is None else (only,):
             asked: set[str] = set()
-            while (instance := pool.able(now_s := self._clock(), asked)) is not None:
+            while self.waiting and (instance := pool.able(now_s := self._clock(), asked)) is not None:
                 side = side_of(instance)
                 started_ns = time.perf_counter_ns()
                 decision = pool.decider.next_prefill(side.lane, now_s, pool.peers(instance, now_s))
@@ -216,7 +225,8 @@ class Scheduler:
                     asked.add(instance.instance_id)
                 else:
                     self._dispatch(pool, instance, decision, now_s, started_ns)
-            self._stir_at(pool.next_room_s(now_s))
+            if self.waiting:
+                self._stir_at(pool.next_room_s(now_s))
 
     def _stir_at(self, at_s: float) -> None:
         """Stir again at a time, if not before."""
@@ -317,14 +327,12 @@ class Scheduler:
             message = "refused on arrival: " + answer.reason.replace("_", " ")
             raise CallError(answer.status, answer.reason, message, answer.retry_after_s or _SOON_S)
 
-    def _let_wait(self, call: Call, pool: Pool, views: Views) -> None:
-        now_s = self._clock()
-        place = None
-        if len(pool.instances) > 1:
-            first = next(iter(views.values()))
-            place = pool.decider.place_prefill(PrefillPlacementView(now_s, first, pool.loads(views, now_s)))
-        pool.add(views, place, now_s)
-        self.waiting[call.number] = call
+    def _placed(self, pool: Pool, views: Views, now_s: float) -> str | None:
+        """The instance that a request is bound to; None: none yet, or there is but one."""
+        if len(pool.instances) == 1:
+            return None
+        first = next(iter(views.values()))
+        return pool.decider.place_prefill(PrefillPlacementView(now_s, first, pool.loads(views, now_s)))
 
     def _dispatch(
         self, pool: Pool, instance: LiveInstance, decision: PrefillDecision, now_s: float, started_ns: int
@@ -332,20 +340,27 @@ class Scheduler:
         """Send the first of a decision: a gateway sends whole prompts, one at a time."""
         side = side_of(instance)
         pool.decider.prefill_started(side.lane, decision)
-        number = decision.requests[0].request_id
+        request = decision.requests[0]
+        number = request.request_id
         assert isinstance(number, int)
         call = self.waiting.pop(number)
         pool.take(number, started=True)
+        fresh = waiting_of(call, side) if side.knows_prefixes else request
+        self._send(pool, instance, call, fresh, now_s, started_ns)
+
+    def _send(
+        self, pool: Pool, instance: LiveInstance, call: Call, request: Waiting, now_s: float, started_ns: int
+    ) -> None:
+        side = side_of(instance)
         call.prefill = instance
         call.dispatch_s = now_s
         self._dispatches += 1
         call.dispatch_rank = self._dispatches
         call.met = _met(instance)
-        fresh = waiting_of(call, side)
-        call.expected_cached_tokens = fresh.cached_tokens
+        call.expected_cached_tokens = request.cached_tokens
         if side.index is not None:
             side.index.use(call.blocks)
-        side.send(call, fresh.prefill_s, now_s)
+        side.send(call, request.prefill_s, now_s)
         if instance.role == "mixed" and instance.decode is not None:
             call.decode = instance
             instance.decode.expect(call)

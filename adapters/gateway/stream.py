@@ -11,6 +11,7 @@ import msgspec
 from kairos.adapters.gateway.errors import CallError
 
 _EVENT_END = re.compile(rb"\r?\n\r?\n")
+_MARKS = (b'"usage":{', b'{"error"', b"[DONE]")
 _TOKEN_FIELDS = ("content", "reasoning_content", "reasoning", "tool_calls", "function_call", "refusal")
 
 
@@ -81,34 +82,35 @@ class Relayed:
         Raises:
             CallError: an error event, which is not passed on.
         """
-        if (
-            self.saw_token
-            and not self._rest
-            and data.endswith(b"\n\n")
-            and b'"usage":{' not in data
-            and b'{"error"' not in data
-            and b"[DONE]" not in data
-        ):
-            self.events += data.count(b"data: ")
-            return data
-        return self._slowly(data)
-
-    def end(self) -> bytes:
-        """What is left of the stream after its last whole event."""
-        rest, self._rest = self._rest, b""
-        return rest
-
-    def _slowly(self, data: bytes) -> bytes:
-        data = self._rest + data
-        out: list[bytes] = []
-        start = 0
-        for match in _EVENT_END.finditer(data):
-            event = data[start : match.end()]
+        if self._rest:
+            data = self._rest + data
+        at, out = 0, []
+        while True:
+            if self.saw_token and (plain := self._plain_until(data, at)) > at:
+                self.events += data.count(b"\n\n", at, plain)
+                if plain - at == len(data):
+                    self._rest = b""
+                    return data
+                out.append(data[at:plain])
+                at = plain
+            match = _EVENT_END.search(data, at)
+            if match is None:
+                break
+            event = data[at : match.end()]
             if self._look_at(event):
                 out.append(event)
-            start = match.end()
-        self._rest = data[start:]
+            at = match.end()
+        self._rest = data[at:]
         return b"".join(out)
+
+    def _plain_until(self, data: bytes, at: int) -> int:
+        """Up to where there are whole events from `at` on that need no look: none with usage, an error or the end."""
+        special = len(data)
+        for mark in _MARKS:
+            if (found := data.find(mark, at, special)) >= 0:
+                special = found
+        end = data.rfind(b"\n\n", at, special)
+        return at if end < 0 else end + 2
 
     def _look_at(self, event: bytes) -> bool:
         """Take notice of an event; whether the client gets it."""

@@ -28,6 +28,7 @@ _TPOT_HEADERS = (
     (b"x-llm-d-slo-tpot-ms", 1e-3),
     (b"x-dynamo-slo-tpot-ms", 1e-3),
 )
+_ASKS_FOR_TARGETS = frozenset(name for name, _ in (*_TTFT_HEADERS, *_TPOT_HEADERS))
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _TRACEPARENT = re.compile(rb"00-([0-9a-f]{32})-[0-9a-f]{16}-([0-9a-f]{2})")
 _TRACESTATE = re.compile(rb"[\x20-\x7e]{1,512}")
@@ -91,8 +92,11 @@ class Trust:
             raise CallError(403, "class_not_allowed", "the key may not use this SLO class")
         promise = self._classes[name]
         call.slo_class = name
-        call.ttft_target_s = _target(headers, _TTFT_HEADERS, promise.ttft_s)
-        call.tpot_target_s = _target(headers, _TPOT_HEADERS, promise.tpot_s)
+        call.ttft_target_s = NO_TARGET_S if promise.ttft_s is None else promise.ttft_s
+        call.tpot_target_s = NO_TARGET_S if promise.tpot_s is None else promise.tpot_s
+        if not _ASKS_FOR_TARGETS.isdisjoint(headers):
+            call.ttft_target_s = _target(headers, _TTFT_HEADERS, promise.ttft_s)
+            call.tpot_target_s = _target(headers, _TPOT_HEADERS, promise.tpot_s)
 
     def _is_proxy(self, client: str) -> bool:
         if not self._proxies:
