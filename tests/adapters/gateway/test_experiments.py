@@ -77,10 +77,12 @@ async def taking_part(
 
 
 async def _traffic(gateway: Gateway) -> None:
+    """More at a time than can start, so that there is something to decide."""
     async with asyncio.TaskGroup() as requests:
         while True:
-            requests.create_task(call(gateway.server.address, "/v1/completions", ASKED))
-            await asyncio.sleep(0.02)
+            for _ in range(6):
+                requests.create_task(call(gateway.server.address, "/v1/completions", ASKED))
+            await asyncio.sleep(0.12)
 
 
 async def start(service: httpx.Client, design: str, *, max_hours: float, **lengths: float) -> str:

@@ -53,6 +53,18 @@ def test_prompts_run_in_the_order_of_the_strategy() -> None:
     assert run(order_of("sjf", [300, 100, 200])) == [100, 200, 300]
 
 
+def test_a_request_that_comes_while_nothing_waits_goes_at_once_without_asking_for_an_order() -> None:
+    async def work() -> tuple[list[int], int]:
+        late: dict[str, Any] = {"guards": {"decision_budget_s": 1e-9}}
+        async with behind_gateway(options(), **late) as (gateway, _):
+            statuses = [
+                (await call(gateway.server.address, "/v1/completions", asked(length)))[0] for length in (10, 20, 30)
+            ]
+            return statuses, sum(gateway.scheduler.fallbacks.values())
+
+    assert run(work()) == ([200, 200, 200], 0)
+
+
 def test_the_next_prompt_is_sent_no_sooner_than_the_one_before_it_is_about_to_end() -> None:
     assert run(order_of("sjf", [300, 100, 200], in_flight=2, token_s=1e-3)) == [100, 200, 300]
 
