@@ -97,12 +97,29 @@ def speed(results: dict[str, Any]) -> str:
     return f"{table(('waiting', 'instances', 'p50, us', 'p99, us', 'over the floor'), rows)}\n\n{said}"
 
 
+def live(results: dict[str, Any]) -> str:
+    """Attainment measured on a live fleet and simulated."""
+    rows = []
+    for r in results["rows"]:
+        measured, simulated = r["live"], r["simulated"]
+        shares = (f"{measured[m]:.1f} / {simulated[m]:.1f}" for m in LIVE_METRICS)
+        apart = max(r["difference_pp"].values(), key=abs)
+        lag = f"{1e3 * r['lag_p99_s']:.1f}{' (void)' if r['void'] else ''}"
+        case = (r["trace"], f"`{r['strategy']}`", r["requests"], r["target"])
+        rows.append((*case, *shares, f"{apart:+.1f}", f"{r['same_outcome_percent']:.1f}", lag))
+    head = ("trace", "prefill", "requests", "target", "TTFT met, live / simulated", "TPOT met", "both met")
+    return table((*head, "largest difference, points", "same outcome", "generator late, p99, ms"), rows)
+
+
+LIVE_METRICS = ("ttft_attainment", "tpot_attainment", "slo_attainment")
+
 SECTIONS = (
     ("Prefill: first tokens in time", "attainment", prefill),
     ("Decode: output pace kept, at most 256 in a batch of `continuous`", "decode", decode),
     ("Decode: the same with at most 64, the default of a fleet", "decode_batch64", decode),
     ("The paper's frame", "paper_frame", paper),
     ("What errors and the share guard cost `on-time`", "robustness", robustness),
+    ("A live fleet of 4 + 4 emulated instances against its simulation", "live_against_simulated", live),
     ("Speed", "speed", speed),
 )
 
