@@ -1,61 +1,26 @@
-"""`kairos demo`: from telemetry and a trace to strategies compared and a decision over HTTP, on this machine alone."""
+"""`kairos demo`: a fleet that is measured, learned from, compared by replay and switched, on this machine alone."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from kairos.adapters.cli.terminal import percent, progress
-from kairos.scheduler_core.errors import KairosError
 
 if TYPE_CHECKING:
-    from kairos.adapters.simulator.scenario import Scenario
-    from kairos.adapters.traces import Trace
+    from kairos.adapters.cli.demo_live import Engine, LiveFleet
+    from kairos.adapters.cli.demo_replay import Data
+    from kairos.adapters.loadgen import LiveRun
+    from kairos.adapters.simulator.tables import Workload
 
-STRATEGIES = ("engine-default", "tuned", "paper", "kairos")
-LOADS = (0.7, 0.9, 1.1)
-SEEDS = 2
-TTFT_S, TPOT_S = 2.0, 0.02
-NOISE = 0.05
-TICK_S = 3.0
-"""Arrivals of the mooncake traces are recorded on ticks of so many seconds; jitter spreads them."""
-MOST_REQUESTS, MOST_OUTPUT_TOKENS = 9_000, 3_200_000
-"""As much of a trace as 2 cores simulate in about two minutes."""
-ASKED = 6
-"""Requests in the snapshot that /schedule is asked about."""
-START_LIMIT_S = 60.0
-
-PROFILE = "qwen3-32b-b300-tp4"
-CONFIGURATION = """\
-# Written by `kairos demo`. docs/configuration.md says what each setting means.
-profiles:
-  {profile}:
-    {{gpu: B300-SXM6, model: Qwen/Qwen3-32B, precision: bf16, tp: 4, engine: vllm-0.20.1,
-     step_times: {{model: {model}}}}}
-fleet:
-  prefill: [{{count: 1, profile: {profile}, chunk_tokens: 8192}}]
-  decode: [{{count: 1, profile: {profile}, max_batch: 64, kv_tokens: 1200000}}]
-  kv_transfer: {{bytes_per_token: 262144, bytes_per_s: 25.0e9, latency_s: 0.002}}
-slo: {{classes: {{default: {{ttft_s: {ttft_s:g}, tpot_s: {tpot_s:g}}}}}}}
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """What the demo learns from and replays."""
-
-    trace: Path
-    telemetry: Path
-    synthetic: bool
+BEFORE, AFTER = "engine-default", "kairos"
+MOST_SENT = 400
+"""Requests that are sent to the live fleet at a time."""
 
 
 def register(app: typer.Typer) -> None:
@@ -65,240 +30,213 @@ def register(app: typer.Typer) -> None:
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything that the demo writes.")] = Path("demo-out"),
+    seconds: Annotated[float, typer.Option(help="How long the trace is sent, twice.", min=1.0)] = 45.0,
+    engine: Annotated[
+        Literal["emulated", "torch"],
+        typer.Option(help="Of the live workers; torch: a small real model, computed here."),
+    ] = "emulated",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Train on telemetry, compare four strategies on a trace at three loads, and ask POST /schedule once.
+    """Run a fleet, learn from its telemetry, compare strategies by replay, switch to the best, and look again.
 
-    Takes real data from the folder that KAIROS_DATA names (laid out like the data pack: traces/, telemetry/), and
-    otherwise generates a synthetic trace and telemetry. Takes two to four minutes on 2 cores.
+    Starts the service on a database of its own, emulated prefill and decode workers and the gateway, on free ports of
+    this machine. Takes real data from the folder that KAIROS_DATA names (laid out like the data pack: traces/,
+    telemetry/), and otherwise generates a synthetic trace and telemetry. Takes three to five minutes on 2 cores.
 
     Example: kairos demo --out demo-out
     """
-    say = typer.echo if not as_json else _nothing
     out.mkdir(parents=True, exist_ok=True)
-    data = _data(out)
-    mark = " (SYNTHETIC)" if data.synthetic else ""
-
-    say(f"1. Train on the step times in {data.telemetry}{mark}")
-    model = out / "model.kairos"
-    learned = _train(data.telemetry, model)
-    for row in learned:
-        say(
-            f"   {row['kind']:8} median error {percent(row['median_ape'], 2)} on held-back operating points,"
-            f" physical prior {percent(row['prior_median_ape'], 2)} (median of {row['profiles']} profiles)"
-        )
-
-    configuration = out / "kairos.yaml"
-    configuration.write_text(
-        CONFIGURATION.format(profile=PROFILE, model=json.dumps(str(model)), ttft_s=TTFT_S, tpot_s=TPOT_S)
-    )
-    say(f"\n2. A fleet of one prefill and one decode instance with these step times: {configuration}")
-
-    scenarios, replayed = _scenarios(data.trace, str(configuration))
-    say(f"\n3. Compare on {data.trace}{mark}: {replayed}; {SEEDS} seeds, noise {NOISE:g}\n")
-    results = _compare(scenarios, out, f"kairos demo --out {out}{mark}")
-    if not as_json:
-        _print_comparison(results)
-
-    asked = _snapshot(scenarios[1])
-    with _service(configuration, out / "serve.log") as url:
-        say(f"\n4. Ask POST {url}/schedule who runs next of the {len(asked['waiting'])} busiest arrivals in a row")
-        answer = _post(f"{url}/schedule", asked)
-    prompts = {request["request_id"]: request["prompt_tokens"] for request in asked["waiting"]}
-    for row in answer["prefill"]:
-        say(
-            f"   {row['order'] + 1}. request {row['request_id']:>5}: {prompts[row['request_id']]:>7,} tokens,"
-            f" predicted TTFT {row['predicted_ttft_s']:5.2f} s, {'in time' if row['on_time'] else 'late'}:"
-            f" {row['reason']['code']}"
-        )
-
-    report = out / "report.html"
-    say(f"\n5. Open {report} in a browser; every number is in {out / 'results.json'}")
+    with _ended_by_sigterm():
+        summary = _Demo(out, seconds, engine, _nothing if as_json else typer.echo).tell()
     if as_json:
-        files = {"model": model, "configuration": configuration, "results": out / "results.json", "report": report}
-        summary = {
-            "synthetic": data.synthetic,
-            "trace": str(data.trace),
-            "telemetry": str(data.telemetry),
-            "training": learned,
-            "cells": [{key: cell[key] for key in ("load", "strategy", "metrics")} for cell in results["cells"]],
-            "bounds": results["bounds"],
-            "schedule": {"snapshot": asked, "answer": answer},
-            "files": {name: str(path) for name, path in files.items()},
-        }
         typer.echo(json.dumps(summary))
 
 
-def _nothing(text: str) -> None:
+def _nothing(text: str = "") -> None:
     """Says nothing: with --json only the JSON goes to stdout."""
 
 
-def _data(out: Path) -> Data:
-    """Real data where KAIROS_DATA has it, else synthetic data, written into a folder of `out`."""
-    from kairos.adapters.traces import write_trace
-    from kairos.adapters.traces.generate import generate
-    from kairos.adapters.traces.synthetic_telemetry import write_telemetry
-
-    if folder := os.environ.get("KAIROS_DATA"):
-        telemetry = Path(folder, "telemetry")
-        traces = sorted(Path(folder, "traces").glob("*.csv*"))
-        if traces and telemetry.is_dir():
-            trace = next((path for path in traces if path.name.startswith("mooncake_conversation")), traces[0])
-            return Data(trace, telemetry, synthetic=False)
-        typer.echo(f"note: KAIROS_DATA is {folder}, which has no traces/*.csv.gz and telemetry/", err=True)
-    typer.echo("note: no real data (KAIROS_DATA is the folder to look in), so all data is SYNTHETIC", err=True)
-    trace = out / "synthetic_mooncake_conversation.csv.gz"
-    telemetry = out / "synthetic_telemetry"
-    write_trace(generate("mooncake_conversation", duration_s=2_700, seed=0), trace)
-    write_telemetry(telemetry, seed=0)
-    return Data(trace, telemetry, synthetic=True)
-
-
-def _train(telemetry: Path, model: Path) -> list[dict[str, Any]]:
-    """Train and save; per kind of step the held-back errors, the median over profiles."""
-    from statistics import median
-
-    from kairos.adapters.telemetry_files import read_telemetry
-    from kairos.predictors.artifact import save
-    from kairos.predictors.training import by_profile, train
-
-    steps = read_telemetry([telemetry]).steps
-    learned = []
-    with progress("training", len(by_profile(steps))) as advance:
-        for entry in train(steps):
-            learned.append(entry)
-            advance(len(learned))
-    save(learned, model)
-    rows = []
-    for kind in ("prefill", "decode", "mixed"):
-        known = [m.held_back for e in learned for k, m in e.models.items() if k == kind]
-        errors = [(h.median_ape, h.prior_median_ape) for h in known if h.median_ape is not None]
-        if errors:
-            ours, prior = (median(values) for values in zip(*errors, strict=True))
-            rows.append({"kind": kind, "profiles": len(errors), "median_ape": ours, "prior_median_ape": prior})
-    return rows
-
-
-def _scenarios(path: Path, fleet: str) -> tuple[list["Scenario"], str]:
-    """The trace at each load, and what of it is replayed, in words."""
-    from kairos.adapters.simulator.scenario import Scenario
-    from kairos.adapters.traces import read_trace
-
-    trace = read_trace(path)
-    limit_s = _limit_s(trace)
-    jitter_s = TICK_S if "mooncake_conversation" in trace.name else 0.0
-    target = f"fixed:{TTFT_S:g}/tpot:{TPOT_S:g}"
-    span_s = float(trace.arrival_s.max() - trace.arrival_s.min())
-    replayed = f"all {len(trace):,} requests ({span_s:,.0f} s)"
-    if limit_s is not None:
-        replayed = f"the first {limit_s:,.0f} s of {span_s:,.0f} s"
-    if jitter_s:
-        replayed += f", arrivals spread over their {jitter_s:g} s ticks"
-    return [Scenario(path, fleet, target, load, jitter_s=jitter_s, limit_s=limit_s) for load in LOADS], replayed
-
-
-def _limit_s(trace: "Trace") -> float | None:
-    """How many seconds of the trace can be simulated in a demo; None: all of it."""
-    import numpy as np
-
-    order = np.argsort(trace.arrival_s, kind="stable")
-    tokens = np.cumsum(trace.output_tokens[order])
-    count = min(MOST_REQUESTS, int(np.searchsorted(tokens, MOST_OUTPUT_TOKENS)))
-    if count >= len(order):
-        return None
-    return float(trace.arrival_s[order[count]] - trace.arrival_s[order[0]])
-
-
-def _compare(scenarios: list["Scenario"], out: Path, command: str) -> dict[str, Any]:
-    from kairos.adapters.report import write_report
-    from kairos.adapters.simulator.compare import Plan, compare
-    from kairos.adapters.simulator.run import Knobs
-
-    plan = Plan(scenarios, STRATEGIES, range(SEEDS), Knobs(noise=NOISE))
-    began_s = time.monotonic()
-    runs = len(plan.runs())
-    typer.echo(f"{runs} runs, one to two minutes ...", err=True)
-    with progress(f"{runs} runs", runs) as advance:
-        results = compare(plan, out, command, -1, advance)
-    typer.echo(f"{runs} runs in {time.monotonic() - began_s:.0f} s", err=True)
-    write_report(results, out / "report.html")
-    return results
-
-
-def _print_comparison(results: dict[str, Any]) -> None:
-    from kairos.adapters.cli.simulate import print_results
-
-    print_results(results, verdicts_on="kairos")
-
-
-def _snapshot(scenario: "Scenario") -> dict[str, Any]:
-    """A few arrivals in a row with the most work per second, as the last of them arrives, and an idle fleet."""
-    import numpy as np
-
-    from kairos.adapters.simulator.scenario import workload_of
-
-    workload = workload_of(scenario)
-    arrival_s = workload.arrival_s
-    asked = min(ASKED, len(workload))
-    span_s = arrival_s[asked - 1 :] - arrival_s[: len(arrival_s) - asked + 1]
-    tokens = np.convolve(workload.prompt_tokens, np.ones(asked), "valid")
-    first = int(np.argmax(tokens / np.maximum(span_s, 1.0)))
-    rows = range(first, first + asked)
-    return {
-        "now_s": float(arrival_s[rows[-1]]),
-        "instances": [
-            {"instance_id": "prefill-0", "role": "prefill", "profile": PROFILE, "chunk_tokens": 8192},
-            {"instance_id": "decode-0", "role": "decode", "profile": PROFILE, "kv_tokens": 1_200_000},
-        ],
-        "waiting": [
-            {
-                "request_id": workload.request_id[row],
-                "arrival_s": float(arrival_s[row]),
-                "prompt_tokens": int(workload.prompt_tokens[row]),
-            }
-            for row in rows
-        ],
-    }
-
-
 @contextmanager
-def _service(configuration: Path, log: Path) -> Iterator[str]:
-    """`kairos serve` in a process of its own on a free port of the loopback; stopped at the end.
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, with what it started."""
 
-    Raises:
-        KairosError: it ended, or did not answer in a minute.
-    """
-    import httpx
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    program = [sys.executable, "-c", "from kairos.adapters.cli import main; main()"]
-    command = [*program, "serve", "--config", str(configuration), "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        until_s = time.monotonic() + START_LIMIT_S
-        while True:
-            if process.poll() is not None or time.monotonic() > until_s:
-                raise KairosError(f"kairos serve did not start; its last words are in {log}")
-            try:
-                httpx.get(f"{url}/healthz", timeout=2.0, trust_env=False).raise_for_status()
-                break
-            except httpx.HTTPError:
-                time.sleep(0.1)
-        yield url
+        yield
     finally:
-        process.terminate()
-        process.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
-def _post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    import httpx
+class _Demo:
+    """The story, told once; `summary` is what of it goes into the JSON."""
 
-    response = httpx.post(url, json=body, timeout=30.0, trust_env=False)
-    if response.status_code != httpx.codes.OK:
-        raise KairosError(f"POST {url} answered {response.status_code}: {response.text[:300]}")
-    answer: dict[str, Any] = response.json()
-    return answer
+    def __init__(self, out: Path, seconds: float, engine: "Engine", say: Any) -> None:
+        self.out, self.seconds, self.engine, self.say = out, seconds, engine, say
+        self.summary: dict[str, Any] = {}
+
+    def tell(self) -> dict[str, Any]:
+        """All of it."""
+        from kairos.adapters.cli import demo_replay as replay
+        from kairos.adapters.cli import demo_torch
+        from kairos.adapters.cli.demo_live import live_fleet
+        from kairos.adapters.simulator.scenario import workload_of
+
+        data = replay.demo_data(self.out)
+        mark = " (SYNTHETIC)" if data.synthetic else ""
+        self.summary |= {"synthetic": data.synthetic, "trace": str(data.trace), "telemetry": str(data.telemetry)}
+
+        configuration = self.out / "kairos.yaml"
+        hardware = replay.write_configuration(configuration, self._emulated_gpus(data, mark))
+        scenarios, replayed = replay.scenarios_of(data.trace, str(configuration))
+        torch = self.engine == "torch"
+        profile, workers = (demo_torch.PROFILE, demo_torch.hardware()) if torch else (replay.PROFILE, hardware)
+        load = replay.LOADS[-1]
+        with live_fleet(self.out, workers, profile, BEFORE, self.engine) as fleet:
+            self.say(f"\n2. Run a fleet of one prefill and one decode worker ({self.engine}) under {BEFORE}")
+            self.say(f"   service {fleet.service_url}, gateway {fleet.gateway_url}, logs in {self.out}")
+            sent = replay.beginning(scenarios[-1], self.seconds, MOST_SENT)
+            if torch:
+                sent = self._for_torch(fleet, demo_torch.shortened(sent), load)
+            self.say(f"   sent {len(sent)} requests of {data.trace}{mark} in {sent.arrival_s[-1]:.0f} s, load {load:g}")
+            self.began_at_s = time.time()
+            before = self._send(fleet, sent, BEFORE)
+
+            self._learn(fleet)
+
+            self.say(f"\n4. Compare on {data.trace}{mark}: {replayed}; {replay.SEEDS} seeds, noise {replay.NOISE:g}\n")
+            results = replay.compared(scenarios, self.out, f"kairos demo --out {self.out}{mark}")
+            self._print(results)
+
+            took_s = fleet.switch(AFTER)
+            self.say(
+                f"\n5. Switch the running fleet to {AFTER}: it decides so {took_s:.1f} s later; send the same again"
+            )
+            after = self._send(fleet, sent, AFTER)
+            self._look_back(fleet, sent)
+            (prefill,), (decode,) = workers["fleet"]["prefill"], workers["fleet"]["decode"]
+            busy = sent if torch else workload_of(scenarios[1])
+            asked = replay.snapshot_of(busy, profile, prefill["chunk_tokens"], decode["kv_tokens"])
+            self._ask(fleet, asked)
+        self._report(results, {BEFORE: before, AFTER: after}, load)
+        return self.summary
+
+    def _emulated_gpus(self, data: "Data", mark: str) -> Path:
+        """Step times for the workers."""
+        from kairos.adapters.cli import demo_replay as replay
+
+        self.say(f"1. Emulate GPUs with the step times in {data.telemetry}{mark}")
+        model = self.out / "model.kairos"
+        self.summary["training"] = replay.learn(data.telemetry, model)
+        for row in self.summary["training"]:
+            self.say(
+                f"   {row['kind']:8} median error {percent(row['median_ape'], 2)} on held-back operating points,"
+                f" physical prior {percent(row['prior_median_ape'], 2)} (median of {row['profiles']} profiles)"
+            )
+        return model
+
+    def _for_torch(self, fleet: "LiveFleet", sent: "Workload", load: float) -> "Workload":
+        """What the engine can take at that load, after a look at how fast it is."""
+        from kairos.adapters.cli import demo_torch
+
+        for _ in range(2):  # the first one warms up
+            seen = fleet.send(demo_torch.probe(), demo_torch.MODEL, lambda ended: None)
+        probe_s = float(seen.requests.ttft_s[0])
+        self.say(f"   prompts and outputs made shorter; {demo_torch.PROBE_TOKENS:,} tokens take it {probe_s:.2f} s")
+        return demo_torch.at_load(sent, load, probe_s, self.seconds)
+
+    def _send(self, fleet: "LiveFleet", sent: "Workload", strategy: str) -> "LiveRun":
+        """Send the trace, say what came of it."""
+        from kairos.adapters.cli import demo_replay as replay
+        from kairos.adapters.cli import demo_torch
+        from kairos.adapters.loadgen import write_live_run
+        from kairos.adapters.simulator.evidence import Meta
+
+        with progress("sending", len(sent)) as advance:
+            run = fleet.send(sent, demo_torch.MODEL if self.engine == "torch" else replay.MODEL, advance)
+        write_live_run(run, self.out / f"live-{strategy}", Meta(_version(), "kairos demo", [], {}))
+        self.say(f"   each at its time: {1e3 * run.lag_p99_s:.1f} ms late at p99")
+        for problem, count in run.problems.items():
+            typer.echo(f"note: {count} requests did not finish: {problem}", err=True)
+        return run
+
+    def _learn(self, fleet: "LiveFleet") -> None:
+        """Train on what the workers logged, let it serve."""
+        steps, self.last_step = fleet.steps()
+        logged = ", ".join(f"{len(of_kind):,} {of_kind.kind}" for of_kind in steps)
+        self.say(f"\n3. Train on the steps that the workers logged: {logged}")
+        model = fleet.train()
+        self.say(f"   {model} was promoted; the gateway predicts with it")
+
+    def _print(self, results: dict[str, Any]) -> None:
+        from kairos.adapters.cli.simulate import print_results
+
+        if self.say is not _nothing:
+            print_results(results, verdicts_on=AFTER)
+
+    def _look_back(self, fleet: "LiveFleet", sent: "Workload") -> None:
+        """Before and after, from the store; predictions against the steps that were logged since."""
+        from kairos.adapters.cli import demo_replay as replay
+
+        self.say("\n   from the store                TTFT met   TPOT met   both met   kairos simulate says")
+        self.summary["live"] = fleet.attained(self.began_at_s)
+        for name, row in self.summary["live"].items():
+            row["simulated"] = replay.replayed_metrics(sent, fleet.learned, name.partition("@")[0])
+            shares = "".join(f"{percent(row[key]):>11}" for key in _ATTAINMENTS)
+            self.say(f"   {name:27}{shares}   {percent(row['simulated']['slo_attainment'])}")
+        self.summary["errors"] = errors = fleet.prediction_errors(self.last_step)
+        for kind, row in errors.items():
+            self.say(
+                f"   {row['steps']:,} {kind} steps since: median error {percent(row['learned'], 2)} by the model,"
+                f" {percent(row['prior'], 2)} by bandwidth and FLOPs"
+            )
+
+    def _ask(self, fleet: "LiveFleet", asked: dict[str, Any]) -> None:
+        """One snapshot, decided over HTTP."""
+        waiting = asked["waiting"]
+        self.say(
+            f"\n6. Ask POST {fleet.service_url}/schedule who runs next of the {len(waiting)} busiest arrivals in a row"
+        )
+        answer = fleet.post("/schedule", asked)
+        self.summary["schedule"] = {"snapshot": asked, "answer": answer}
+        prompts = {request["request_id"]: request["prompt_tokens"] for request in waiting}
+        for row in answer["prefill"]:
+            self.say(
+                f"   {row['order'] + 1}. request {row['request_id']:>5}: {prompts[row['request_id']]:>7,} tokens,"
+                f" predicted TTFT {row['predicted_ttft_s']:5.2f} s, {'in time' if row['on_time'] else 'late'}:"
+                f" {row['reason']['code']}"
+            )
+
+    def _report(self, results: dict[str, Any], live: dict[str, "LiveRun"], load: float | None) -> None:
+        """report.html and results.json, with what was measured live."""
+        import msgspec
+
+        from kairos.adapters.report import write_report
+        from kairos.adapters.simulator.compare import add_live_runs
+        from kairos.adapters.simulator.scenario import fleet_of
+
+        first = results["cells"][0]
+        place = {"trace": f"{first['trace']}, live", "target": first["target"], "load": load}
+        results["meta"]["synthetic"][place["trace"]] = results["meta"]["synthetic"][first["trace"]]
+        self.summary["cells"] = [
+            {key: cell[key] for key in ("load", "strategy", "metrics")} for cell in results["cells"]
+        ]
+        self.summary["bounds"] = list(results["bounds"])
+        add_live_runs(results, place, live, fleet_of(str(self.out / "learned.yaml")))
+        path, report = self.out / "results.json", self.out / "report.html"
+        path.write_bytes(msgspec.json.format(msgspec.json.encode(results)) + b"\n")
+        write_report(results, report)
+        self.say(f"\n7. Open {report} in a browser; every number is in {path}")
+        files = {"model": "model.kairos", "configuration": "kairos.yaml", "results": path.name, "report": report.name}
+        self.summary["files"] = {name: str(self.out / file) for name, file in files.items()}
+
+
+_ATTAINMENTS = ("ttft_attainment", "tpot_attainment", "slo_attainment")
+
+
+def _version() -> str:
+    import kairos
+
+    return kairos.__version__

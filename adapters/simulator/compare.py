@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import combinations, product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import joblib
 import msgspec
@@ -24,6 +24,8 @@ import kairos
 from kairos.adapters.simulator import evidence, windows
 from kairos.adapters.simulator.bounds import ttft_bound
 from kairos.adapters.simulator.evidence import Gaps
+from kairos.adapters.simulator.fleet import SimulatedFleet
+from kairos.adapters.simulator.intervals import TimeBlocks
 from kairos.adapters.simulator.run import Knobs, StepRow, simulate
 from kairos.adapters.simulator.scenario import (
     Scenario,
@@ -38,9 +40,13 @@ from kairos.adapters.simulator.tables import RequestTable
 from kairos.scheduler_core.config import Settings, StepTimesSettings
 from kairos.scheduler_core.slo import FloatArray, attainment
 
+if TYPE_CHECKING:
+    from kairos.adapters.loadgen import LiveRun
+
 _GAPS_KEPT = 200_000
 """Gaps between tokens that are kept of a run, evenly spread, the longest included."""
 _BINS = 12
+_METRICS: tuple[evidence.Metric, ...] = ("slo_attainment", "ttft_attainment", "tpot_attainment")
 _PROBABILITIES = np.linspace(0.0, 1.0, 101)
 
 
@@ -180,6 +186,55 @@ def _kept(scenario: Scenario, strategy: str, knobs: Knobs, folder: Path) -> Kept
 # -- results.json
 
 
+def add_live_runs(
+    results: dict[str, Any], place: Mapping[str, Any], runs: Mapping[str, "LiveRun"], fleet: SimulatedFleet
+) -> None:
+    """Add to results.json what became of the same requests under several strategies on a live fleet.
+
+    Args:
+        results: as `compare` made it.
+        place: trace, target and load, as of a cell.
+        runs: by strategy.
+        fleet: what the live one is, for the bound.
+    """
+    tables = {strategy: run.requests for strategy, run in runs.items()}
+    blocks = evidence.time_blocks([next(iter(tables.values()))])
+    cells = [
+        {
+            **place,
+            "strategy": strategy,
+            "metrics": evidence.cell_metrics([run.requests], blocks, [run.decision_us], [run.gaps]),
+            "distributions": _distributions([run.requests]),
+            "predicted_vs_actual": [],
+        }
+        for strategy, run in runs.items()
+    ]
+    pairs = list(_pairs(place, {strategy: [table] for strategy, table in tables.items()}, blocks, _METRICS))
+    workload = next(iter(tables.values())).workload
+    bound = ttft_bound(workload, fleet, Knobs()) / len(workload)
+    added = {"cells": cells, "pairs": pairs, "bounds": [{**place, "seed": 0, "ttft_attainment": bound}]}
+    for name, rows in msgspec.json.decode(msgspec.json.encode(added)).items():
+        results[name].extend(rows)
+    meta = results["meta"]
+    meta["sentences"].extend(map(evidence.sentence, pairs))
+    meta["expected_false"] += evidence.expected_false(pairs)
+
+
+def _pairs(
+    place: Mapping[str, Any],
+    tables: Mapping[str, Sequence[RequestTable]],
+    blocks: TimeBlocks,
+    metrics: Sequence[evidence.Metric],
+) -> Iterator[evidence.Pair]:
+    """Every two strategies of a place, in every metric."""
+    for b, a in combinations(tables, 2):
+        for metric in metrics:
+            found = evidence.pair_verdict(tables[a], tables[b], blocks, metric)
+            yield evidence.Pair(
+                a=a, b=b, metric=metric, difference_pp=found.difference_pp, verdict=found.verdict, **place
+            )
+
+
 def _results(plan: Plan, folder: Path, command: str) -> dict[str, Any]:
     cells: list[dict[str, Any]] = []
     bounds: list[dict[str, Any]] = []
@@ -187,9 +242,7 @@ def _results(plan: Plan, folder: Path, command: str) -> dict[str, Any]:
     timelines: list[dict[str, Any]] = []
     notes: dict[str, None] = {}
     prefill_only = plan.knobs.stages == "prefill"
-    metrics: Sequence[evidence.Metric] = (
-        ("ttft_attainment",) if prefill_only else ("slo_attainment", "ttft_attainment", "tpot_attainment")
-    )
+    metrics = ("ttft_attainment",) if prefill_only else _METRICS
     for scenario in plan.scenarios:
         notes.update(dict.fromkeys(notes_of(scenario.trace)))
         place: dict[str, Any] = {
@@ -220,19 +273,7 @@ def _results(plan: Plan, folder: Path, command: str) -> dict[str, Any]:
             )
             notes.update(dict.fromkeys(note for run in kept for note in run.notes))
             notes.update(dict.fromkeys(_fallback_notes(text, kept)))
-        for b, a in combinations(plan.strategies, 2):
-            for metric in metrics:
-                comparison = evidence.pair_verdict(tables[a], tables[b], blocks, metric)
-                pairs.append(
-                    evidence.Pair(
-                        a=a,
-                        b=b,
-                        metric=metric,
-                        difference_pp=comparison.difference_pp,
-                        verdict=comparison.verdict,
-                        **place,
-                    )
-                )
+        pairs.extend(_pairs(place, tables, blocks, metrics))
         bounds.extend({**place, "seed": seed, "ttft_attainment": _bound(scenario, plan, seed)} for seed in plan.seeds)
         timelines.extend(_timelines(place, plan, {text: kept[0] for text, kept in runs.items()}))
     meta = {

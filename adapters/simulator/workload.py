@@ -172,6 +172,25 @@ def scale_time(workload: Workload, factor: float) -> Workload:
     return replace(workload, arrival_s=workload.arrival_s * factor)
 
 
+def first_requests(workload: Workload, count: int) -> Workload:
+    """The first so many requests, the first of them at second 0."""
+    return Workload(
+        trace=workload.trace,
+        request_id=workload.request_id[:count],
+        arrival_s=workload.arrival_s[:count] - workload.arrival_s[:1],
+        prompt_tokens=workload.prompt_tokens[:count],
+        output_tokens=workload.output_tokens[:count],
+        ttft_target_s=workload.ttft_target_s[:count],
+        tpot_target_s=workload.tpot_target_s[:count],
+        slo_class=workload.slo_class[:count],
+        tenant=workload.tenant[:count],
+        model=workload.model[:count],
+        block_ids=None if workload.block_ids is None else workload.block_ids[:count],
+        block_tokens=workload.block_tokens,
+        notes=workload.notes,
+    )
+
+
 def offered_load(workload: Workload, first_profile: StepTimes, instances: int) -> float:
     """Prefill seconds of work per second and instance; inf when all arrive at once."""
     span_s = float(workload.arrival_s[-1] - workload.arrival_s[0])

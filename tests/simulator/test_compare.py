@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from kairos.adapters.simulator.compare import Plan, compare
-from kairos.adapters.simulator.run import Knobs
-from kairos.adapters.simulator.scenario import Scenario
+from kairos.adapters.loadgen import LiveRun
+from kairos.adapters.report import write_report
+from kairos.adapters.simulator.compare import Plan, add_live_runs, compare
+from kairos.adapters.simulator.run import Knobs, simulate
+from kairos.adapters.simulator.scenario import Scenario, fleet_of, settings_of, strategy_of, workload_of
+from kairos.adapters.simulator.workload import first_requests
 from kairos.scheduler_core.plugins import policy_class
 
 POLICY = """
@@ -48,3 +52,25 @@ def test_a_policy_that_was_rewritten_is_run_again(tmp_path: Path, monkeypatch: p
         return len(list((tmp_path / "out" / "runs").iterdir()))
 
     assert [runs_kept("view.waiting"), runs_kept("view.waiting"), runs_kept("reversed(view.waiting)")] == [1, 1, 2]
+
+
+def test_what_a_live_fleet_did_stands_beside_what_was_compared(tmp_path: Path) -> None:
+    strategies, place = ["engine-default", "kairos"], {"trace": "trace, live", "target": "fixed:2", "load": 4.0}
+    made = scenario(tmp_path)
+    results = compare(Plan([made], strategies, [0], Knobs()), tmp_path, "a test", jobs=1, progress=lambda done: None)
+    sent, live = first_requests(workload_of(made), 10), {}
+    for name in strategies:
+        run = simulate(sent, fleet_of("b300"), strategy_of(settings_of("b300"), name))
+        live[name] = LiveRun(run.requests, run.gaps, run.decision_us, np.zeros(len(sent)))
+
+    add_live_runs(results, place, live, fleet_of("b300"))
+    write_report(results, tmp_path / "report.html")
+
+    assert [(cell["trace"], cell["strategy"]) for cell in results["cells"][2:]] == [
+        ("trace, live", name) for name in strategies
+    ]
+    assert len(results["meta"]["sentences"]) == len(results["pairs"]) == 6
+    assert [bound["trace"] for bound in results["bounds"]] == ["trace", "trace, live"]
+    assert "trace, live" in (tmp_path / "report.html").read_text()
+    assert sent.arrival_s[0] == 0.0
+    assert len(sent) == 10
