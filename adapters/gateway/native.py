@@ -56,9 +56,10 @@ class NativeBody(Body):
     def text(self, chat: bool) -> Text:
         """How much there is to compute."""
         sampling = self._field("sampling_params", (dict, list), {})
-        counts = [one.get("n") or 1 for one in (sampling if isinstance(sampling, list) else [sampling])]
+        each = sampling if isinstance(sampling, list) else [sampling]
+        counts = [(one.get("n") or 1) if isinstance(one, dict) else 0 for one in each]
         if not all(type(count) is int and count > 0 for count in counts):
-            raise CallError(400, "invalid_field", "sampling_params.n must be a count")
+            raise CallError(400, "invalid_field", "sampling_params must be one object or a list of them, n a count")
         text = self._prompts("text", "input_ids")
         media = sum(len(held) if isinstance(held := self._field(name, object, []), list) else 1 for name in _MEDIA)
         return msgspec.structs.replace(text, media=media, sequences=text.sequences * max(counts, default=1))

@@ -102,6 +102,7 @@ def test_several_sequences_and_their_tokens_go_to_an_instance_that_does_both(str
         (KINDS["sglang"], asked(sampling_params={"n": 2}), 400, "several_sequences"),
         (KINDS["sglang"], asked(sampling_params={"n": "x"}), 400, "invalid_field"),
         (KINDS["sglang"], asked(sampling_params=3), 400, "invalid_field"),
+        (KINDS["sglang"], asked(sampling_params=[3]), 400, "invalid_field"),
         (KINDS["sglang"], asked(model="other"), 404, "model_not_found"),
     ],
 )
