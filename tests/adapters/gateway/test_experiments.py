@@ -1,4 +1,4 @@
-"""The gateway takes part in live experiments: a real control plane, emulated engines, blocks of a second or two.
+"""The gateway takes part in live experiments: a real control plane, emulated engines, blocks of four seconds.
 
 The clock of experiments runs 120 times as fast as the real one; latencies are real, so plans leave time for them.
 """
@@ -25,6 +25,7 @@ from kairos.adapters.gateway.gateway import Gateway
 from kairos.scheduler_core.service.experiments.record import Record, verify
 
 SCALE = 120.0
+BLOCK_S = 480.0
 KEY = "a key of the fleet"
 CHAMPION = {"prefill": "fcfs", "prefill_placement": "late", "decode_placement": "least-requests", "decode": "capped"}
 STRATEGIES = {"champion": CHAMPION, "challenger": CHAMPION | {"prefill": "sjf"}}
@@ -102,7 +103,7 @@ async def start(service: httpx.Client, design: str, *, max_hours: float, **lengt
         assert "history" in planned.json()["detail"], planned.text
         await asyncio.sleep(0.1)
     plan = planned.json()["plan"]
-    plan["lengths"] |= {"block_s": 120.0, "burn_s": 24.0, "tail_s": 5.0, "settle_s": 300.0} | lengths
+    plan["lengths"] |= {"block_s": BLOCK_S, "burn_s": BLOCK_S / 5, "tail_s": 5.0, "settle_s": 300.0} | lengths
     plan["limits"] = GENEROUS
     started = await asyncio.to_thread(service.post, "/experiments", json={"plan": plan})
     assert started.status_code == 200, started.text
@@ -125,7 +126,7 @@ def test_an_experiment_runs_block_by_block_to_its_verdict(
 ) -> None:
     async def work() -> tuple[Record, set[tuple[str, ...]], list[str], str]:
         async with taking_part(tmp_path, monkeypatch) as (gateway, service, _):
-            experiment = await start(service, design, max_hours=3 * 240 / 3600)
+            experiment = await start(service, design, max_hours=4 * BLOCK_S / 3600)
             seen: set[tuple[str, ...]] = set()
             judged = asyncio.ensure_future(ended(service, experiment))
             while not judged.done():
@@ -166,7 +167,7 @@ def test_without_its_control_plane_for_a_block_the_champion_runs_alone(
 ) -> None:
     async def work() -> tuple[list[str], str]:
         async with taking_part(tmp_path, monkeypatch) as (gateway, service, process):
-            await start(service, "switchback", max_hours=10.0, block_s=180.0)
+            await start(service, "switchback", max_hours=10.0)
             await until(lambda: gateway.scheduler.decider.strategy.name == "challenger@1")
             process.kill()
             await until(lambda: not gateway.player.experiment)
