@@ -5,7 +5,8 @@
 Both engines run side by side and take turns: A B B A is a pair, A stock. One workload has long and short prompts and
 TTFT targets by length, the other two TPOT classes. The rate of a pair is a share of what the stock engine was measured
 to take just before it; the plugin's model is trained on steps that it reported itself and pulled by it. A pair
-gives one difference of attainments; the interval is Student's over the pairs. Writes results/engine_attainment.json.
+gives one difference of attainments; the interval is Student's over the pairs. How late the generator sent its requests
+is noted too. Writes results/engine_attainment.json.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -35,8 +36,8 @@ from kairos.scheduler_core.slo import FloatArray
 from kairos.scheduler_core.telemetry import StepRecord, StepRow, Steps
 
 VERSION = "0.32.0"
-SECONDS = 20.0
-LOAD = 0.7
+SECONDS = 30.0
+LOAD = 0.85
 CROWD = 40
 """Requests at once by which the rate is measured."""
 
@@ -86,22 +87,34 @@ def drawn(kinds: Sequence[Kind], count: int, per_s: float, seed: int) -> list[As
     ]
 
 
-async def replay(engine: Any, asked: Sequence[Asked], seed: int) -> tuple[list[Any], float]:
-    """What came of the requests, and how long all of it took."""
+class Replayed(NamedTuple):
+    """What came of requests."""
+
+    outcomes: list[Any]
+    seconds: float
+    """From the first request to the last answer."""
+    lags_s: FloatArray
+    """How much later than planned each was sent."""
+
+
+async def replay(engine: Any, asked: Sequence[Asked], seed: int) -> Replayed:
+    """Send the requests at their times, and wait for all answers."""
     from engine.engines import prompt_of
 
+    lags_s: list[float] = []
     async with engine.client() as client:
         clock = asyncio.get_running_loop()
         started_s = clock.time()
 
         async def one(n: int, request: Asked) -> Any:
-            await asyncio.sleep(request.at_s - (clock.time() - started_s))
             targets = {"kairos_ttft_s": request.kind.ttft_s, "kairos_tpot_s": request.kind.tpot_s}
             prompt = prompt_of(request.prompt_tokens, seed * 100_000 + n)
+            await asyncio.sleep(request.at_s - (clock.time() - started_s))
+            lags_s.append(clock.time() - started_s - request.at_s)
             return await engine.ask(client, prompt, request.output_tokens, vllm_xargs=targets)
 
         outcomes = await asyncio.gather(*(one(n, request) for n, request in enumerate(asked)))
-        return list(outcomes), clock.time() - started_s
+        return Replayed(list(outcomes), clock.time() - started_s, np.array(lags_s))
 
 
 def scored(asked: Sequence[Asked], outcomes: Sequence[Any]) -> dict[str, Any]:
@@ -237,7 +250,8 @@ def main() -> None:
     reading = argparse.ArgumentParser()
     reading.add_argument("--pairs", type=int, default=5)
     pairs = reading.parse_args().pairs
-    results: dict[str, Any] = {"meta": meta("python benchmarks/engine_attainment.py"), "vllm": VERSION, "load": LOAD}
+    results: dict[str, Any] = {"meta": meta("python benchmarks/engine_attainment.py"), "vllm": VERSION}
+    results |= {"load": LOAD, "seconds": SECONDS}
     with tempfile.TemporaryDirectory() as at, ExitStack() as stack:
         folder = Path(at)
         address, rows, answers = stack.enter_context(control_plane())
@@ -253,15 +267,21 @@ def main() -> None:
             runs: list[dict[str, Any]] = []
             for pair in range(pairs):
                 crowd = drawn(kinds, CROWD, 1e9, 800 + 10 * pair + number)
-                _, seconds = asyncio.run(replay(engines["stock"], crowd, 800 + 10 * pair + number))
-                per_s = LOAD * CROWD / seconds
+                taken = asyncio.run(replay(engines["stock"], crowd, 800 + 10 * pair + number))
+                per_s = LOAD * CROWD / taken.seconds
                 for place, side in enumerate(("stock", "plugin", "plugin", "stock")):
                     seed = 10 * pair + place // 2  # each half of a pair replays the same requests
                     asked = drawn(kinds, max(20, round(per_s * SECONDS)), per_s, seed)
-                    outcomes, took_s = asyncio.run(replay(engines[side], asked, seed))
-                    run = {"pair": pair, "side": side, "per_s": per_s, "seconds": took_s} | scored(asked, outcomes)
+                    seen = asyncio.run(replay(engines[side], asked, seed))
+                    lag_p50_s, lag_p99_s = map(float, np.percentile(seen.lags_s, (50, 99)))
+                    run = {"pair": pair, "side": side, "per_s": per_s, "seconds": seen.seconds}
+                    run |= {"lag_p50_s": lag_p50_s, "lag_p99_s": lag_p99_s} | scored(asked, seen.outcomes)
                     runs.append(run)
-                    print(f"{name} {side:6} ttft {run['ttft']:.2f} tpot {run['tpot']:.2f}, {took_s:.0f} s", flush=True)
+                    print(
+                        f"{name} {side:6} ttft {run['ttft']:.2f} tpot {run['tpot']:.2f}, {per_s:.2f} a second, "
+                        f"{seen.seconds:.0f} s, sent {1e3 * lag_p99_s:.0f} ms late at p99",
+                        flush=True,
+                    )
                 results[name] = compared(runs)
                 results["plugin"] = told_by(engines["plugin"])
                 path = Path(__file__).parent / "results" / "engine_attainment.json"

@@ -1,4 +1,4 @@
-"""docs/results.md, and parts of statistics.md and deployment.md, from the results files: no figure is typed by hand.
+"""docs/results.md, and parts of statistics.md, deployment.md and engines.md, from the results files: no figure is typed.
 
 python benchmarks/tables.py
 """
@@ -142,6 +142,20 @@ TITLES = {
 }
 
 
+ENGINE_METRICS = {
+    "ttft": ("ttft", "ttft short", "ttft long"),
+    "tpot": ("tpot", "tpot tight", "tpot relaxed", "ttft"),
+}
+GAINS = """vLLM {vllm} on a CPU: the same requests on stock vLLM (first come, first served) and on the plugin, in turns,
+at {load:.0%} of the capacity that was measured just before. A pair is four runs, A B B A, and gives one difference;
+the interval is Student's over {pairs} pairs. Workload `ttft`: 85 % short prompts (20 to 150 tokens, 1 s), 15 % long
+ones (1,500 to 3,000 tokens, 10 s). Workload `tpot`: prompts of 50 to 900 tokens, half of them with a TPOT target of
+80 ms, half of 500 ms."""
+COSTS = """What the plugin costs a step, in vLLM's scheduler alone: in every step one prompt starts, one request ends
+and one arrives. Processor time of the engine's thread; with 1,000 waiting the goal is 500 us, 1,200 us at p99, and
+5 % of the step of a whole engine on a CPU."""
+
+
 def page() -> str:
     """The whole page."""
     parts = ["# Results", "Made by `python benchmarks/tables.py` from `benchmarks/results/`; figures are percent."]
@@ -166,11 +180,70 @@ def _said(value: object) -> str:
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
+def gains(results: dict[str, Any]) -> str:
+    """Stock vLLM and the plugin on the same requests."""
+    rows = []
+    for workload, metrics in ENGINE_METRICS.items():
+        found = results[workload]
+        for metric in metrics:
+            level, d = found["attainment"][metric], found["differences"][metric]
+            points = f"{d['mean']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f})"
+            rows.append((workload, metric, f"{100 * level['stock']:.1f}", f"{100 * level['plugin']:.1f}", points))
+    runs = [run for workload in ENGINE_METRICS for run in results[workload]["runs"]]
+    said = (
+        f"{len(runs)} runs of {results['seconds']:.0f} s, {sum(r['requests'] for r in runs):,} requests, "
+        f"{sum(r['failed'] for r in runs)} failed; in the worst run 99 % were sent within "
+        f"{1e3 * max(r['lag_p99_s'] for r in runs):.0f} ms of their time."
+    )
+    return f"{table(('workload', 'met, %', 'stock', 'plugin', 'difference, points'), rows)}\n\n{said}"
+
+
+def costs(results: dict[str, Any]) -> str:
+    """What a step costs more, in the scheduler alone and in a whole engine."""
+    alone = [
+        (
+            *(f"{r['waiting']:,}", r["decoding"], f"{r['stock_us']['p50']:.0f}", f"{r['plugin_us']['p50']:.0f}"),
+            *(f"{r['hooks_us']['p50']:.0f}", f"{r['hooks_us']['p99']:.0f}"),
+        )
+        for r in results["alone"]
+    ]
+    real = [
+        (
+            *(f"{r['waiting']:,.0f}", f"{r['step_p50_ms']:.1f}", f"{r['hooks_p50_us']:.0f}"),
+            *(f"{r['hooks_p99_us']:.0f}", f"{100 * r['share']:.1f}"),
+        )
+        for r in results["real"]
+    ]
+    first = table(("waiting", "decoding", "stock, us", "plugin, us", "in the hooks, us", "p99"), alone)
+    second = table(("waiting", "step, ms", "in the hooks, us", "p99", "share of a step, %"), real)
+    return f"{first}\n\nIn a whole engine with 8 that decode:\n\n{second}"
+
+
+def gains_and_costs() -> str:
+    """The section of docs/engines.md."""
+    attained, overhead = (json.loads((RESULTS / f"engine_{n}.json").read_text()) for n in ("attainment", "overhead"))
+    pairs = 1 + max(run["pair"] for run in attained["ttft"]["runs"])
+    setup = GAINS.format(vllm=attained["vllm"], load=attained["load"], pairs=pairs)
+    parts = ("## What it gains and costs", f"{setup}\n{made_by(attained)}", gains(attained))
+    return "\n\n".join((*parts, f"{COSTS}\n{made_by(overhead)}", costs(overhead)))
+
+
+def with_section(page: Path, made: str) -> str:
+    """A page with the section of that title as it was made."""
+    title = made.split("\n", 1)[0]
+    before, rest = page.read_text().split(f"{title}\n", 1)
+    _, found, after = rest.partition("\n## ")
+    return f"{before}{made.rstrip()}\n{found}{after}"
+
+
 def statistics_page() -> str:
     """docs/statistics.md with that section as the results say now."""
-    text = (DOCS / "statistics.md").read_text()
-    before, rest = text.split("## Measured\n", 1)
-    return before + measured() + "## Sources\n" + rest.split("## Sources\n", 1)[1]
+    return with_section(DOCS / "statistics.md", measured())
+
+
+def engines_page() -> str:
+    """docs/engines.md with its figures as the results say now."""
+    return with_section(DOCS / "engines.md", gains_and_costs())
 
 
 SIZES = (
@@ -213,3 +286,4 @@ if __name__ == "__main__":
     (DOCS / "results.md").write_text(page())
     (DOCS / "statistics.md").write_text(statistics_page())
     (DOCS / "deployment.md").write_text(deployment_page())
+    (DOCS / "engines.md").write_text(engines_page())

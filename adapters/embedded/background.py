@@ -17,9 +17,11 @@ class Background:
     """Runs until it is closed, or the process ends."""
 
     def __init__(self, status: Callable[[], EngineStatus], folder: Path, control_plane: ControlPlane | None) -> None:
-        self._status, self._folder, self._control_plane = status, folder, control_plane
+        self._parts: list[Callable[[], None]] = [lambda: write(status(), folder)]
+        if control_plane is not None:
+            self._parts.append(control_plane.exchange)
         self._ending = threading.Event()
-        self._told = False
+        self._told: set[type[Exception]] = set()
         self._thread = threading.Thread(target=self._run, name="kairos", daemon=True)
         self._thread.start()
 
@@ -34,11 +36,10 @@ class Background:
         self._once()
 
     def _once(self) -> None:
-        try:
-            write(self._status(), self._folder)
-            if self._control_plane is not None:
-                self._control_plane.exchange()
-        except Exception as problem:  # the thread's top: what it does next time may work
-            if not self._told:
-                _log.warning("kairos: %s; said once", problem, exc_info=problem)
-            self._told = True
+        for part in self._parts:
+            try:
+                part()
+            except Exception as problem:  # the thread's top: the other part, and this one next time, may work
+                if type(problem) not in self._told:
+                    _log.warning("kairos: %s; said once", problem, exc_info=problem)
+                self._told.add(type(problem))

@@ -24,6 +24,7 @@ from kairos.scheduler_core.domain import (
     Resident,
     StepTimes,
 )
+from kairos.scheduler_core.guards import ValidityGuard
 from kairos.scheduler_core.policy import DecodeStep, DecodeView, Observer
 from kairos.scheduler_core.slo import NO_TARGET_S
 from kairos.scheduler_core.strategy import Strategy
@@ -106,6 +107,8 @@ class Planner:
         self._deferred_share = deferred_share
         self._longest_hold_s = longest_hold_s
         self.limit = TimeLimit(budget_s, watch)
+        self.validity = ValidityGuard(budget_s if watch else None)
+        """Counts on, whatever Decider is in force."""
         self._empty_steps = 0
         """Steps in a row that held no token."""
         self._entering: Sequence[RequestId] = ()
@@ -127,8 +130,9 @@ class Planner:
         Raises:
             InputError: as the class.
         """
-        budget_s = self.limit.budget_s if self.limit.watch else None
-        return Mirror(Decider(strategy, self._deferred_share, budget_s), *self._instances())
+        decider = Decider(strategy, self._deferred_share)
+        decider.validity = self.validity
+        return Mirror(decider, *self._instances())
 
     def use_step_times(self, step_times: StepTimes, now_s: float) -> None:
         """Predict with other step times from now on."""

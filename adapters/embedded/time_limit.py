@@ -26,7 +26,7 @@ class TimeLimit:
     """The one whose time runs; there is one main thread, and so at most one."""
 
     def __init__(self, budget_s: float, watch: bool = True) -> None:
-        self.budget_s, self.watch = budget_s, watch
+        self.budget_s = budget_s
         handler = signal.getsignal(signal.SIGALRM)
         free = handler in (signal.SIG_DFL, signal.SIG_IGN, _expired)
         self.active = watch and free and threading.current_thread() is threading.main_thread()

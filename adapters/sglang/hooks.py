@@ -104,7 +104,8 @@ class Kairos:
             longest_hold_s=settings.longest_hold_s,
             watch=ranks == 1,
         )
-        self.entries: dict[RequestId, Entry] = {}
+        self.waiting: dict[RequestId, Entry] = {}
+        """Prompts that wait, as the view has them."""
         self._logged_s = float("-inf")
 
     @property
@@ -117,8 +118,10 @@ class Kairos:
         try:
             with self.planner.limit:
                 return decide(*arguments)
-        except Exception as problem:  # whatever it was: SGLang goes on as without Kairos
-            self.planner.counts[f"failed {type(problem).__name__}"] += 1
+        except Exception as problem:  # whatever it was: SGLang goes on as without Kairos, and the view is made anew
+            planner = self.planner
+            planner.counts[f"failed {type(problem).__name__}"] += 1
+            planner.mirror, self.waiting = planner.fresh(planner.decider.strategy), {}
             if time.monotonic() - self._logged_s >= LOG_EVERY_S:
                 self._logged_s = time.monotonic()
                 _log.warning("kairos: SGLang decides alone this time", exc_info=problem)
@@ -127,7 +130,9 @@ class Kairos:
     def sort(self, waiting: MutableSequence[Any]) -> None:
         """Put the waiting prompts into the order of the policy."""
         self._see(waiting)
-        order = self.planner.decider.prefill_order(self.planner.mirror.lane, self.now_s)
+        decider, lane, now_s = self.planner.decider, self.planner.mirror.lane, self.now_s
+        decider.next_prefill(lane, now_s)  # notes who is owed time, or has the floor now
+        order = decider.prefill_order(lane, now_s)
         place = {w.request_id: n for n, w in enumerate(order)}
         waiting[:] = sorted(waiting, key=lambda req: place.get(req.rid, len(place)))
         self.planner.counts["sorted"] += 1
@@ -170,48 +175,51 @@ class Kairos:
         decision = planner.decider.next_decode(planner.mirror.decode_policy, view)
         waiting = {req.rid: req for req in ready}
         longest_s = self.settings.longest_hold_s
-        overdue = [rid for rid in waiting if now_s - self.entries[rid].arrival_s >= longest_s]
+        overdue = [rid for rid, req in waiting.items() if now_s - self._entry(req).arrival_s >= longest_s]
         chosen = dict.fromkeys([*overdue, *(i for i in decision.plan.admit if i in waiting)])
         planner.counts["admissions held"] += len(waiting) - len(chosen)
         return [waiting[rid] for rid in chosen]
 
     def passed(self, batch: Any) -> None:
-        """Move the shared clock on by what this batch was predicted to take, and forget who ended."""
-        for req in batch.reqs:
-            if req.finished() and (entry := self.entries.pop(req.rid, None)) is not None:
-                self.planner.mirror.leave(entry)
-        if self.predicted_s is None:
-            return
+        """Account for a batch that ended by what it was predicted to take: the shared clock, who is owed time."""
+        planner, seconds = self.planner, 0.0
         if batch.forward_mode.is_decode():
             context = sum(len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs)
-            self.predicted_s += self.planner.step_times.decode_step_s(len(batch.reqs), context)
+            seconds = planner.step_times.decode_step_s(len(batch.reqs), context)
         elif batch.forward_mode.is_extend():
             parts = [Part(req.extend_len, req.prefix_len) for req in batch.reqs]
-            self.predicted_s += self.planner.step_times.prefill_step_s(parts)
+            seconds = planner.step_times.prefill_step_s(parts)
+            planner.decider.prefill_ended(planner.mirror.lane, seconds, sum(part.new_tokens for part in parts), ())
+        if self.predicted_s is not None:
+            self.predicted_s += seconds
 
     def _see(self, waiting: Sequence[Any]) -> None:
         """Bring the view of waiting prompts up to date: who came, who left, and prefix hits as matched now."""
         own, mirror, now_s = self.planner.mirror.lane.own, self.planner.mirror, self.now_s
-        here = set()
+        here = {req.rid: self._entry(req) for req in waiting}
         for req in waiting:
-            here.add(req.rid)
-            entry = self._entry(req)
+            entry = here[req.rid]
             known = own.get(req.rid)
             if known is None or known.cached_tokens != req.num_matched_prefix_tokens:
                 entry.cached_tokens = req.num_matched_prefix_tokens
                 mirror.prompt_done(entry)
                 mirror.arrive(entry, now_s)
-        for request_id in [w.request_id for w in own.by_arrival if w.request_id not in here]:
-            mirror.prompt_done(self.entries[request_id])
+        for request_id, entry in self.waiting.items():
+            if request_id not in here:
+                if (left := own.get(request_id)) is not None:
+                    own.note_started(left)
+                mirror.leave(entry)
+        self.waiting = here
 
     def _entry(self, req: Any) -> Entry:
-        entry = self.entries.get(req.rid)
+        """What is known of a request; kept at SGLang's own object, and gone with it."""
+        entry: Entry | None = getattr(req, "kairos", None)
         if entry is None:
             told = req.sampling_params.custom_params or {}
             slo_class = str(told.get("kairos_class", "default"))
             targets = self.settings.targets_of(slo_class, told)
             entry = Entry(req.rid, req, self.now_s, len(req.origin_input_ids), targets, slo_class, remote=False)
-            self.entries[req.rid] = entry
+            req.kairos = entry
         return entry
 
     def _resident(self, req: Any) -> Resident:

@@ -1,48 +1,20 @@
-"""Forward-pass metrics, version 1, into steps: what Dynamo's vLLM scheduler, SGLang and Kairos' own plugin send.
+"""Forward-pass metrics into steps: what Dynamo's vLLM scheduler, SGLang and Kairos' own plugin send.
 
-One message a step over ZMQ (PUB): an empty topic, a sequence number of 8 bytes, big endian, and a MessagePack map. An
-idle engine sends heartbeats with a wall time of 0. The subscriber sees what it missed by the sequence numbers.
-
-Source: field names, frames and meaning from ai-dynamo 1.6.1, `dynamo.common.forward_pass_metrics`.
+The subscriber sees what it missed by the sequence numbers.
 """
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
+from kairos.adapters.forward_pass import ForwardPass, message_of, sequence_of
 from kairos.scheduler_core.domain import Profile
 from kairos.scheduler_core.errors import ConfigError
 from kairos.scheduler_core.telemetry import StepRow
 
-if TYPE_CHECKING:
-    pass
-
-VERSION = 1
 _KEPT_MESSAGES = 100_000
 """That may wait between two looks: half an hour of steps of 20 ms."""
-
-
-class Scheduled(msgspec.Struct, frozen=True, gc=False):
-    """Requests of the step."""
-
-    num_prefill_requests: int = 0
-    sum_prefill_tokens: int = 0
-    sum_prefill_kv_tokens: int = 0
-    num_decode_requests: int = 0
-    sum_decode_kv_tokens: int = 0
-
-
-class ForwardPass(msgspec.Struct, frozen=True, gc=False):
-    """One message, as far as it matters here."""
-
-    version: int = VERSION
-    wall_time: float = 0.0
-    """Seconds; 0: a heartbeat."""
-    scheduled_requests: Scheduled = Scheduled()
-
-
-_decoder = msgspec.msgpack.Decoder(ForwardPass)
 
 
 class StepReader:
@@ -87,19 +59,15 @@ class StepReader:
             return None
 
     def _read(self, frames: list[bytes]) -> ForwardPass | None:
-        if len(frames) != 3 or len(frames[1]) != 8:
+        sequence = sequence_of(frames)
+        if sequence is None:
             return None
-        sequence = int.from_bytes(frames[1], "big")
         expected = sequence if self._sequence is None else self._sequence + 1
         self._sequence = sequence
         if sequence != expected:  # lower: the publisher began anew
             self.counts["missed"] += max(0, sequence - expected)
             self._phase = ""
-        try:
-            message = _decoder.decode(frames[2])
-        except (msgspec.MsgspecError, UnicodeError):
-            return None
-        return message if message.version == VERSION else None
+        return message_of(frames)
 
 
 def _phase(message: ForwardPass) -> str:

@@ -1,62 +1,26 @@
-"""Dynamo's forward-pass metrics (version 1), sent as Dynamo's own scheduler class sends them.
+"""Forward-pass metrics, sent as Dynamo's own scheduler class sends them.
 
 vLLM takes one scheduler class, so with Kairos in it the class that Dynamo's planner listens to is not there; where
-Dynamo has set its port, Kairos sends the same messages: frames of an empty topic, a sequence number of 8 bytes, big
-endian, and a MessagePack map; one a step, and one of zeros a second while idle.
-
-Source: field names, frames and meaning from ai-dynamo 1.6.1, dynamo.common.forward_pass_metrics.
+Dynamo has set its port, Kairos sends the same messages: one a step, and one of zeros a second while idle.
 """
 
 import os
 import queue
 import threading
+from collections import Counter
 from collections.abc import Iterable
 from itertools import count
 from typing import Any
 
 import msgspec
 
+from kairos.adapters.forward_pass import ForwardPass, Queued, Scheduled, frames_of
 from kairos.adapters.vllm.report import StepShape
 from kairos.scheduler_core.errors import ConfigError
 
 PORT, WORKER = "DYN_FORWARDPASS_METRIC_PORT", "DYN_FPM_WORKER_ID"
 IDLE_S = 1.0
 KEPT = 10_000
-
-
-class Scheduled(msgspec.Struct, frozen=True, gc=False):
-    """Requests of the step."""
-
-    num_prefill_requests: int = 0
-    sum_prefill_tokens: int = 0
-    var_prefill_length: float = 0.0
-    sum_prefill_kv_tokens: int = 0
-    num_decode_requests: int = 0
-    sum_decode_kv_tokens: int = 0
-    var_decode_kv_tokens: float = 0.0
-
-
-class Queued(msgspec.Struct, frozen=True, gc=False):
-    """Requests that wait; decode: preempted ones and those whose KV is on its way."""
-
-    num_prefill_requests: int = 0
-    sum_prefill_tokens: int = 0
-    var_prefill_length: float = 0.0
-    num_decode_requests: int = 0
-    sum_decode_kv_tokens: int = 0
-    var_decode_kv_tokens: float = 0.0
-
-
-class ForwardPass(msgspec.Struct, frozen=True, gc=False):
-    """One message."""
-
-    version: int = 1
-    worker_id: str = ""
-    dp_rank: int = 0
-    counter_id: int = 0
-    wall_time: float = 0.0
-    scheduled_requests: Scheduled = Scheduled()
-    queued_requests: Queued = Queued()
 
 
 class Sums:
@@ -118,14 +82,17 @@ def queued_of(waiting: Iterable[Any]) -> Queued:
 class Publisher:
     """Sends messages from a thread of its own; the engine's thread puts them into a bounded queue.
 
+    Args:
+        counts: where messages are counted that found the queue full.
+
     Raises:
         OSError: the port cannot be had.
     """
 
-    def __init__(self, port: int, worker_id: str, dp_rank: int) -> None:
+    def __init__(self, port: int, worker_id: str, dp_rank: int, counts: Counter[str]) -> None:
         import zmq  # vLLM brings it along
 
-        self.dropped = 0
+        self._counts = counts
         self._identity = {"worker_id": worker_id, "dp_rank": dp_rank}
         self._messages: queue.Queue[ForwardPass | None] = queue.Queue(KEPT)
         self._socket: Any = zmq.Context.instance().socket(zmq.PUB)
@@ -134,7 +101,7 @@ class Publisher:
         self._thread.start()
 
     @classmethod
-    def from_environment(cls, dp_rank: int) -> "Publisher | None":
+    def from_environment(cls, dp_rank: int, counts: Counter[str]) -> "Publisher | None":
         """A publisher where Dynamo has set its port; None elsewhere.
 
         Raises:
@@ -145,26 +112,24 @@ class Publisher:
             return None
         if not port.isdigit():
             raise ConfigError(f"{PORT} is {port!r}; it is the number of a port")
-        return cls(int(port), os.environ.get(WORKER, ""), dp_rank)
+        return cls(int(port), os.environ.get(WORKER, ""), dp_rank, counts)
 
     def send(self, seconds: float, scheduled: Scheduled, queued: Queued) -> None:
         """Send one step; a message that finds the queue full is dropped and counted."""
-        message = ForwardPass(wall_time=seconds, scheduled_requests=scheduled, queued_requests=queued)
-        try:
-            self._messages.put_nowait(message)
-        except queue.Full:
-            self.dropped += 1
+        self._put(ForwardPass(wall_time=seconds, scheduled_requests=scheduled, queued_requests=queued))
 
     def close(self) -> None:
         """Send what is left, and stop."""
-        try:
-            self._messages.put_nowait(None)
-        except queue.Full:
-            self.dropped += 1
+        self._put(None)
         self._thread.join(timeout=1.0)
 
+    def _put(self, message: ForwardPass | None) -> None:
+        try:
+            self._messages.put_nowait(message)
+        except queue.Full:
+            self._counts["dropped forward passes"] += 1
+
     def _run(self) -> None:
-        encode = msgspec.msgpack.Encoder().encode
         for number in count():
             try:
                 message = self._messages.get(timeout=IDLE_S)
@@ -173,5 +138,5 @@ class Publisher:
             if message is None:
                 break
             stamped = msgspec.structs.replace(message, counter_id=number, **self._identity)
-            self._socket.send_multipart((b"", number.to_bytes(8, "big"), encode(stamped)))
+            self._socket.send_multipart(frames_of(stamped))
         self._socket.close(linger=0)

@@ -116,7 +116,8 @@ class Kairos:
             else None
         )
         parallel = engine.vllm_config.parallel_config
-        self.forward_passes = Publisher.from_environment(getattr(parallel, "data_parallel_index", 0) or 0)
+        rank = getattr(parallel, "data_parallel_index", 0) or 0
+        self.forward_passes = Publisher.from_environment(rank, self.planner.counts)
         self.overhead, self.steps = Durations(), Durations()
         self.started_at = time.time()
         self._shapes: dict[int, tuple[Any, StepShape]] = {}
@@ -195,11 +196,13 @@ class Kairos:
 
     def ended_outside(self) -> None:
         """Requests were aborted, or failed: those that have ended leave the view."""
+        started_s = time.perf_counter()
         try:
             for entry in [e for e in self.entries.values() if e.request.is_finished()]:
                 self._leave(entry)
         except Exception as problem:  # as above
             self._failed(problem)
+        self._spent_s += time.perf_counter() - started_s
 
     def close(self) -> None:
         """Stop the threads and send what is left."""
@@ -312,6 +315,8 @@ class Kairos:
         known, self.entries = self.entries, {}
         self.planner.mirror = mirror
         for request_id, request in self.engine.requests.items():
+            if request.is_finished():
+                continue  # it only keeps its KV for a decode engine that will fetch it
             entry = known.get(request_id)
             if entry is None or entry.request is not request:
                 self._enter(request, now_s)
@@ -376,7 +381,7 @@ class Kairos:
             overhead_p50_s=number(overhead_p50_s),
             overhead_p99_s=number(overhead_p99_s),
             counts=as_counts(self.planner.counts),
-            fallbacks=as_counts(self.planner.decider.validity.fallbacks),
+            fallbacks=as_counts(self.planner.validity.fallbacks),
             control_plane=control_plane.url if control_plane else None,
             reached_s=control_plane.reached_s if control_plane else None,
             exchanged=as_counts(control_plane.counts) if control_plane else {},

@@ -247,3 +247,21 @@ def test_a_view_that_lost_a_request_holds_nothing_of_it() -> None:
     mirror.leave(entry)
 
     assert (mirror.sum_context_tokens, len(mirror.residents)) == (0, 0)
+
+
+class Raises:
+    def order(self, view: object) -> list[str]:
+        raise RuntimeError("no idea")
+
+
+def test_failures_count_on_and_are_logged_once_a_minute_when_the_view_is_made_anew(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    bench = Bench(f"{__name__}:Raises+late+headroom+continuous")
+    for name in "abc":
+        bench.planner.mirror = bench.planner.fresh(bench.planner.decider.strategy)
+        bench.arrives(name)
+        bench.plan()
+
+    assert bench.planner.validity.fallbacks == {"Raises: RuntimeError": 3}
+    assert len(caplog.records) == 1

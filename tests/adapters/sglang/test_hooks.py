@@ -1,7 +1,9 @@
 """What Kairos does in SGLang's scheduler, on a fake of it; tests/engine has SGLang's own sources."""
 
 import functools
+import gc
 import json
+import weakref
 from typing import Any
 
 import pytest
@@ -89,6 +91,45 @@ def test_whoever_left_the_queue_is_forgotten(scheduler_class: type[Scheduler]) -
     sorted_by(scheduler, Req("b", 100))
 
     assert len(scheduler.policy.kairos.planner.mirror.lane.own) == 1
+
+
+def test_nothing_is_kept_of_requests_that_sglang_has_dropped(scheduler_class: type[Scheduler]) -> None:
+    scheduler = scheduler_class()
+    aborted, joined = Req("aborted", 100), Req("joined", 100, output=1)
+    gone = [weakref.ref(aborted), weakref.ref(joined)]
+    sorted_by(scheduler, aborted)
+    scheduler.waiting_queue = [joined]
+    scheduler._get_new_prebuilt_batch(batch())
+
+    sorted_by(scheduler)
+    del aborted, joined
+    gc.collect()
+
+    assert [of() for of in gone] == [None, None]
+
+
+def test_a_lost_prompt_comes_first_once_its_share_of_prefill_time_pays_for_it(
+    scheduler_class: type[Scheduler], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KAIROS_ENGINE_DEFERRED_SHARE", "0.3")
+    scheduler = scheduler_class(tp_size=2)  # time is what batches were predicted to take
+    lost, firsts = Req("lost", 100, kairos_ttft_s=0.05), []
+    for n in range(8):
+        urgent = Req(f"urgent-{n}", 100, kairos_ttft_s=9.0)
+        firsts.append(sorted_by(scheduler, lost, urgent)[0])
+        scheduler.process_batch_result(batch(urgent, decode=False), None)
+
+    assert firsts.index("lost") == 4  # its 0.1 s are paid by 30 % of four batches of 0.1 s
+
+
+def test_a_view_that_was_damaged_is_made_anew(scheduler_class: type[Scheduler]) -> None:
+    scheduler = scheduler_class()
+    waiting = [Req("slow", 100, kairos_ttft_s=9.0), Req("urgent", 100, kairos_ttft_s=1.0)]
+    sorted_by(scheduler, *waiting)
+    scheduler.policy.kairos.planner.mirror.lane.own.by_deadline.clear()
+    sorted_by(scheduler, waiting[0])  # fails: what shall leave is not where it should be
+
+    assert sorted_by(scheduler, *waiting) == ["urgent", "slow"]
 
 
 def test_a_chunked_prompt_leaves_room_for_more_urgent_ones_in_whole_pages(scheduler_class: type[Scheduler]) -> None:
