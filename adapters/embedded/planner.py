@@ -172,6 +172,7 @@ class Planner:
                 chosen = self.decider.next_prefill(mirror.lane, now_s, wanted=self._wanted(room))
         enter: list[RequestId] = list(dict.fromkeys(admitted))
         closed = len(enter) < len(mirror.ready)
+        self.counts["admissions held"] += len(mirror.ready) - len(enter)
         prompts: list[RequestId] = []
         paused: list[Entry] = []
         if chosen is not None:

@@ -7,7 +7,7 @@ import random
 import sqlite3
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -189,6 +189,55 @@ def test_a_policy_that_raises_invents_and_stalls_stops_nothing(tmp_path: Path) -
         "Unreliable: PolicyError",
         "Unreliable: DecisionTimeout",
     }
+
+
+def joined(version: str, folder: Path, role: str) -> AbstractContextManager[Engine]:
+    """One engine of a pair that moves KV over loopback."""
+    transfer = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
+    loopback = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+    loopback |= {"UCX_TLS": "tcp,shm,self", "UCX_NET_DEVICES": "lo"}
+    arguments = ("--kv-transfer-config", json.dumps(transfer))
+    return serve(version, folder, *arguments, environment=loopback, name=role)
+
+
+async def through(prefill: Engine, decode: Engine, asked: Sequence[Asked]) -> list[Outcome]:
+    """What comes of the requests when one engine computes their prompts and another one goes on."""
+    async with prefill.client() as first, decode.client() as second:
+
+        async def one(request: Asked) -> Outcome:
+            body = {"model": "small", "prompt": list(request.prompt), "max_tokens": 1, "temperature": 0}
+            body |= {"vllm_xargs": dict(request.targets)}
+            body |= {"kv_transfer_params": {"do_remote_decode": True, "do_remote_prefill": False}}
+            answer = (await first.post("/v1/completions", json=body)).json()
+            moved = answer["kv_transfer_params"]
+            return await decode.ask(
+                second, request.prompt, request.output, vllm_xargs=dict(request.targets), kv_transfer_params=moved
+            )
+
+        return list(await asyncio.gather(*(one(request) for request in asked)))
+
+
+def test_a_prefill_and_a_decode_engine_give_the_tokens_of_one(tmp_path: Path) -> None:
+    version, lengths = VERSIONS[-1], (100, 700, 40, 2000) * 6
+    targets = {"kairos_tpot_s": 0.016}  # four at once keep it
+    asked = [Asked(prompt_of(tokens, 500 + n), 24, targets, None) for n, tokens in enumerate(lengths)]
+    with serve(version, tmp_path, plugin=False, name="one") as one:
+        expected = run(all_of(one, asked, leave=False))
+
+    with joined(version, tmp_path, "kv_producer") as prefill, joined(version, tmp_path, "kv_consumer") as decode:
+        got = run(through(prefill, decode, asked))
+        before, behind = prefill.status(), decode.status()
+
+        assert [o.error for o in got if o.error] == []
+        assert [o.token_ids for o in got] == [o.token_ids for o in expected]
+        assert before.counts["prefill policy"] > 0
+        assert behind.counts["admissions held"] > 0
+        assert behind.counts.get("prefill policy", 0) == 0
+        assert [name for name in {**before.counts, **behind.counts} if name.startswith("failed")] == []
+        for engine in (prefill, decode):
+            assert engine.is_healthy()
+            assert engine.metric("vllm:nixl_num_kv_expired_reqs_total") == 0
+            assert engine.metric("vllm:kv_cache_usage_perc") == 0
 
 
 def test_dynamos_own_code_reads_the_forward_passes(tmp_path: Path) -> None:
