@@ -37,7 +37,7 @@ from kairos.scheduler_core.telemetry import StepRecord, StepRow, Steps
 
 VERSION = "0.32.0"
 SECONDS = 30.0
-LOAD = 0.85
+LOAD = 0.95
 CROWD = 40
 """Requests at once by which the rate is measured."""
 
