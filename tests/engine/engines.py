@@ -70,7 +70,7 @@ class Engine:
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
-        """A client for many requests at once; each has a connection of its own, which no server can have just closed."""
+        """A client for many requests at once, each on a connection of its own: none that the server has just closed."""
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncClient(base_url=self.url, timeout=300, limits=limits, trust_env=False) as client:
             yield client

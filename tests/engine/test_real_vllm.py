@@ -133,8 +133,8 @@ def test_short_prompts_overtake_long_ones_that_wait(vllm: Served) -> None:
 
 
 def test_a_long_prompt_yields_at_a_chunk_end_and_goes_on_without_computing_anything_twice(vllm: Served) -> None:
+    stored = stored_by(vllm)
     before = vllm.engine.status().counts.get("yielded prompts", 0)
-    stored = steps_of(vllm.database)
     preempted = vllm.engine.metric("vllm:num_preemptions_total")
     long, urgent = prompt_of(5000, 77), prompt_of(600, 78)
 
@@ -148,26 +148,27 @@ def test_a_long_prompt_yields_at_a_chunk_end_and_goes_on_without_computing_anyth
 
     slow, fast = run(ask())
     status = vllm.engine.status()
-    vllm.engine.status()  # the steps of before this one was written are stored
 
     assert fast.ttft_s < slow.ttft_s / 2
     assert status.counts["yielded prompts"] > before
     assert vllm.engine.metric("vllm:num_preemptions_total") == preempted
-    assert steps_of(vllm.database)[1] - stored[1] == len(long) + len(urgent)
+    assert stored_by(vllm)[1] - stored[1] == len(long) + len(urgent)
 
 
 def test_every_step_reaches_the_store_of_the_control_plane(vllm: Served) -> None:
-    vllm.engine.status()
-    status = vllm.engine.status()
+    steps, _ = stored_by(vllm)
+    exchanged = vllm.engine.status().exchanged
 
-    assert status.exchanged["pushed steps"] == steps_of(vllm.database)[0]
-    assert status.exchanged.get("dropped steps", 0) == 0
-    assert status.exchanged["pushed steps"] > REQUESTS / 8
+    assert exchanged["pushed steps"] == steps > REQUESTS / 8
+    assert exchanged.get("dropped steps", 0) == 0
 
 
-def steps_of(database: Path) -> tuple[int, int]:
-    """Steps in the store, and the prompt tokens in them."""
-    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+def stored_by(vllm: Served) -> tuple[int, int]:
+    """Steps in the store, and the prompt tokens in them, once all that the engine ran is there."""
+    known: dict[str, int] = {}
+    while (seen := dict(vllm.engine.status().exchanged)) != known:
+        known = seen  # until an exchange had nothing to send, and did not fail
+    with sqlite3.connect(f"file:{vllm.database}?mode=ro", uri=True) as connection:
         count, tokens = connection.execute("select count(*), coalesce(sum(new_tokens), 0) from steps").fetchone()
     return int(count), int(tokens)
 
