@@ -51,10 +51,16 @@ class Outcome:
     """One request as its client saw it."""
 
     token_ids: list[int] = field(default_factory=list)
+    started_s: float = field(default_factory=time.perf_counter)
     ttft_s: float = float("nan")
     last_s: float = float("nan")
     """From its start to its last token."""
     error: str = ""
+
+    @property
+    def first_token_s(self) -> float:
+        """When its first token came, on the clock of `started_s`."""
+        return self.started_s + self.ttft_s
 
     @property
     def tpot_s(self) -> float:
@@ -104,7 +110,6 @@ class Engine:
     async def _stream(
         self, client: httpx.AsyncClient, body: dict[str, Any], seen: Outcome, hang_up_after: int | None
     ) -> None:
-        started_s = time.perf_counter()
         async with client.stream("POST", "/v1/completions", json=body) as answer:
             if answer.status_code != 200:
                 seen.error = (await answer.aread()).decode()
@@ -119,18 +124,25 @@ class Engine:
                 tokens = [t for choice in event["choices"] for t in choice.get("token_ids") or ()]
                 if not tokens:
                     continue
-                seen.last_s = time.perf_counter() - started_s
+                seen.last_s = time.perf_counter() - seen.started_s
                 if not seen.token_ids:
                     seen.ttft_s = seen.last_s
                 seen.token_ids += tokens
                 if hang_up_after is not None and len(seen.token_ids) >= hang_up_after:
                     return
 
+    async def holds(self, client: httpx.AsyncClient, running: int, waiting: int) -> None:
+        """Return once so many requests run and wait in it."""
+        names = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+        while True:
+            text = (await client.get("/metrics")).text
+            if [total(text, name) for name in names] == [running, waiting]:
+                return
+            await asyncio.sleep(0.01)
+
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels."""
-        text = httpx.get(f"{self.url}/metrics", trust_env=False).text
-        lines = [line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} "))]
-        return sum(float(line.rpartition(" ")[2]) for line in lines)
+        return total(httpx.get(f"{self.url}/metrics", trust_env=False).text, name)
 
     def is_healthy(self) -> bool:
         """Whether it says so."""
@@ -145,6 +157,12 @@ class Engine:
                 return found[0]
             time.sleep(0.2)
         raise AssertionError(f"no plugin wrote to {self.status_folder}")
+
+
+def total(text: str, name: str) -> float:
+    """The sum of a metric over its labels, in the text of a Prometheus page."""
+    lines = [line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} "))]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
 def free_port() -> int:
