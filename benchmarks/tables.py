@@ -1,4 +1,4 @@
-"""docs/results.md, and parts of statistics.md, deployment.md and engines.md, from the results files: no figure is typed.
+"""docs/results.md, parts of statistics.md, deployment.md and engines.md, from the results files: no figure is typed.
 
 python benchmarks/tables.py
 """
