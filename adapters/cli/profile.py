@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kairos.adapters.cli.control import Json, print_json
+from kairos.adapters.cli.terminal import progress
 from kairos.adapters.cli.torch_worker import Device, Dtype, ModelName, Name, Seed, Threads
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def engine(
     repeats: Repeats = 5,
     key: Annotated[str, typer.Option(help="Bearer key for it.", envvar="KAIROS_PROFILE_KEY", show_envvar=True)] = "",
     out: Out = Path("profile"),
+    as_json: Json = False,
 ) -> None:
     """Measure a running engine over HTTP: TTFT of single prompts, pace of streams that run together.
 
@@ -55,8 +58,9 @@ def engine(
     from kairos.scheduler_core.domain import Profile
 
     sweep = Sweep(_numbers(prompts), _numbers(batches), _numbers(contexts), repeats, chunk_tokens)
-    records = asyncio.run(EngineProfile(url, model, key).measure(sweep))
-    _write(out, Profile(gpu, name or model, precision, tp, 1, engine), records)
+    with progress("requests", None) as answered:
+        records = asyncio.run(EngineProfile(url, model, key).measure(sweep, answered))
+    _write(out, Profile(gpu, name or model, precision, tp, 1, engine), records, as_json)
 
 
 def shape(
@@ -71,6 +75,7 @@ def shape(
     contexts: Annotated[str, typer.Option(help="Tokens in the KV cache of each.")] = f"0,{CONTEXTS}",
     repeats: Repeats = 5,
     out: Out = Path("profile"),
+    as_json: Json = False,
 ) -> None:
     """Measure a model shape with torch on this machine: prefill by tokens and context, decode by batch and context.
 
@@ -82,8 +87,10 @@ def shape(
     of_new, of_batches, of_contexts = _numbers(new_tokens), _numbers(batches), _numbers(contexts)
     slot_tokens = max(of_contexts) + max(of_new)
     built = build(ModelOptions(model, max(of_batches), slot_tokens, device, dtype, threads, seed))
-    records = list(measured(built, points(built, of_new, of_batches, of_contexts), repeats))
-    _write(out, profile_of(built, name or built.shape.name), records)
+    wanted = points(built, of_new, of_batches, of_contexts)
+    with progress("rounds", 1 + repeats) as done:
+        records = measured(built, wanted, repeats, done)
+    _write(out, profile_of(built, name or built.shape.name), records, as_json)
 
 
 def _numbers(text: str) -> list[int]:
@@ -103,12 +110,15 @@ def _numbers(text: str) -> list[int]:
     return numbers
 
 
-def _write(out: Path, profile: "Profile", records: "Sequence[StepRecord]") -> None:
+def _write(out: Path, profile: "Profile", records: "Sequence[StepRecord]", as_json: bool) -> None:
     from collections import Counter
 
     from kairos.adapters.telemetry_files import write_steps
 
-    files = write_steps(out, profile, records)
+    files = [str(path) for path in write_steps(out, profile, records)]
     counts = Counter(record.kind for record in records)
+    if as_json:
+        print_json({"profile": profile.profile_id, "steps": counts, "files": files})
+        return
     typer.echo(f"{profile.profile_id}: {', '.join(f'{n} {kind} steps' for kind, n in sorted(counts.items()))}")
-    typer.echo(f"wrote {', '.join(map(str, files))}; now: kairos train {out}")
+    typer.echo(f"wrote {', '.join(files)}; now: kairos train {out}")

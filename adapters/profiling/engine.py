@@ -8,7 +8,7 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -57,13 +57,19 @@ class EngineProfile:
         if key:
             self._headers.append((b"authorization", b"Bearer " + key.encode()))
         self._chance = random.Random(seed)
+        self._answered = 0
+        self._progress: Callable[[int], None] = lambda answered: None
 
-    async def measure(self, sweep: Sweep) -> list[StepRecord]:
+    async def measure(self, sweep: Sweep, progress: Callable[[int], None] = lambda done: None) -> list[StepRecord]:
         """A record a point of the sweep: the median of its repeats.
+
+        Args:
+            progress: told how many requests are answered.
 
         Raises:
             InputError: the engine does not answer, or not with tokens.
         """
+        self._progress = progress
         try:
             await self._stream(16, 2)  # what is made at the first request is made now
             return [*await self._prefill(sweep), *await self._decode(sweep)]

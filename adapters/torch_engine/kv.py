@@ -19,6 +19,10 @@ class KvSlots:
             2, shape.layers, slots, shape.kv_heads, slot_tokens, shape.head_dim, device=device, dtype=dtype
         )
 
+    def fill(self) -> None:
+        """Put something into every slot, for measurements: memory that was never written may be slow to compute with."""
+        self._kv.fill_(0.5)
+
     def put(self, layer: int, slot: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keep keys and values (n, kv_heads, head_dim) from `start` on; all there are, (kv_heads, end, head_dim)."""
         end = start + len(keys)

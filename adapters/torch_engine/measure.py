@@ -1,7 +1,7 @@
 """Step times of a model on its device: prefill by new tokens and context, decode by batch and context."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import NamedTuple
 
@@ -14,50 +14,56 @@ from kairos.scheduler_core.telemetry import StepRecord
 class Point(NamedTuple):
     """A step to measure: so many sequences, each with so many new tokens behind so much context."""
 
+    decodes: bool
     sequences: int
     new_tokens: int
     context_tokens: int
 
-    @property
-    def total_tokens(self) -> int:
-        """Tokens that the longest slot has after the step."""
-        return self.context_tokens + self.new_tokens
 
-
-def points(
-    model: Model, new_tokens: Sequence[int], batches: Sequence[int], contexts: Sequence[int]
-) -> list[tuple[bool, Point]]:
-    """Every combination that fits the model's slots; whether it is a decode step, and the step."""
-    prefill = [(False, Point(1, n, c)) for n in new_tokens for c in contexts]
-    decode = [(True, Point(b, 1, c)) for b in batches for c in contexts if c]
+def points(model: Model, new_tokens: Sequence[int], batches: Sequence[int], contexts: Sequence[int]) -> list[Point]:
+    """Every combination that fits the model's slots: prompts alone, and batches in decode."""
+    prefill = [Point(False, 1, n, c) for n in new_tokens for c in contexts]
+    decode = [Point(True, b, 1, c) for b in batches for c in contexts if c]
     cache = model.cache
     return [
-        (decodes, point)
-        for decodes, point in (*prefill, *decode)
-        if point.sequences <= cache.slots and point.total_tokens <= cache.slot_tokens
+        point
+        for point in (*prefill, *decode)
+        if point.sequences <= cache.slots and point.context_tokens + point.new_tokens <= cache.slot_tokens
     ]
 
 
-def measured(model: Model, wanted: Sequence[tuple[bool, Point]], repeats: int) -> Iterator[StepRecord]:
+def measured(
+    model: Model,
+    wanted: Sequence[Point],
+    repeats: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> list[StepRecord]:
     """A record a step: the median over `repeats` rounds through all of them, after one that warms up.
 
     In rounds, so that a machine that slows down for a while does so for one measurement of each.
+
+    Args:
+        progress: told how many rounds are done.
     """
-    rounds = [[_seconds(model, point) for _, point in wanted] for _ in range(1 + repeats)][1:]
-    for (decodes, point), seconds in zip(wanted, zip(*rounds, strict=True), strict=True):
-        sequences, new_tokens, context_tokens = point
-        if decodes:
-            yield StepRecord(
-                "decode", median(seconds), batch_size=sequences, sum_context_tokens=sequences * context_tokens
-            )
-        else:
-            yield StepRecord(
-                "prefill",
-                median(seconds),
-                n_requests=sequences,
-                new_tokens=sequences * new_tokens,
-                cached_tokens=sequences * context_tokens,
-            )
+    model.cache.fill()
+    rounds = []
+    for done in range(1 + repeats):
+        rounds.append([_seconds(model, point) for point in wanted])
+        progress(done + 1)
+    return [_record(point, median(seconds)) for point, *seconds in zip(wanted, *rounds[1:], strict=True)]
+
+
+def _record(point: Point, seconds: float) -> StepRecord:
+    decodes, sequences, new_tokens, context_tokens = point
+    if decodes:
+        return StepRecord("decode", seconds, batch_size=sequences, sum_context_tokens=sequences * context_tokens)
+    return StepRecord(
+        "prefill",
+        seconds,
+        n_requests=sequences,
+        new_tokens=sequences * new_tokens,
+        cached_tokens=sequences * context_tokens,
+    )
 
 
 def _seconds(model: Model, point: Point) -> float:

@@ -18,8 +18,8 @@ def test_only_steps_that_fit_the_slots_are_measured() -> None:
 
     told = points(model, [16, 64], [1, 2, 4], [0, 50, 99])
 
-    assert [tuple(point) for decodes, point in told if not decodes] == [(1, 16, 0), (1, 16, 50), (1, 64, 0)]
-    assert [tuple(point) for decodes, point in told if decodes] == [(1, 1, 50), (1, 1, 99), (2, 1, 50), (2, 1, 99)]
+    assert [point[1:] for point in told if not point.decodes] == [(1, 16, 0), (1, 16, 50), (1, 64, 0)]
+    assert [point[1:] for point in told if point.decodes] == [(1, 1, 50), (1, 1, 99), (2, 1, 50), (2, 1, 99)]
 
 
 def test_a_profile_is_telemetry_that_trains_a_model_of_this_device(tmp_path: Path) -> None:
