@@ -20,7 +20,7 @@ class KvSlots:
         )
 
     def fill(self) -> None:
-        """Put something into every slot, for measurements: memory that was never written may be slow to compute with."""
+        """Put something into every slot, to measure with: numbers that were never written may be slow ones."""
         self._kv.fill_(0.5)
 
     def put(self, layer: int, slot: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
