@@ -219,18 +219,19 @@ def interval(differences: FloatArray) -> dict[str, float]:
     return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
-def compared(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Attainments of both sides, and the differences over the pairs that are done."""
+def compared(runs: list[dict[str, Any]], sides: tuple[str, str] = ("stock", "plugin")) -> dict[str, Any]:
+    """Attainments of both sides, and the second's differences to the first over the pairs that are done."""
     pairs = sorted({run["pair"] for run in runs})
     found: dict[str, Any] = {"runs": runs, "attainment": {}, "differences": {}}
     for metric in [key for key in runs[0] if key.startswith(("ttft", "tpot"))]:
-        sides = {
+        shares = {
             side: [np.mean([r[metric] for r in runs if r["pair"] == pair and r["side"] == side]) for pair in pairs]
-            for side in ("stock", "plugin")
+            for side in sides
         }
-        found["attainment"][metric] = {side: float(np.mean(values)) for side, values in sides.items()}
+        found["attainment"][metric] = {side: float(np.mean(values)) for side, values in shares.items()}
         if len(pairs) > 1:
-            found["differences"][metric] = interval(np.array(sides["plugin"]) - np.array(sides["stock"]))
+            before, after = (np.array(shares[side]) for side in sides)
+            found["differences"][metric] = interval(after - before)
     return found
 
 
