@@ -17,22 +17,22 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 import msgspec
 import numpy as np
 import yaml
-from engine_attainment import WORKLOADS, Asked, compared, control_plane, drawn, replay, scored
+from engine_attainment import WORKLOADS, Asked, compared, control_plane, drawn, scored
 from record import meta
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from command_line import kairos_apart
-from engine.engines import Engine
+from engine.engines import Engine, Outcome, prompt_of
 from gateways import free_ports, process, wait_for
 
 from kairos.adapters.embedded.status import read_all
@@ -52,6 +52,16 @@ URGENT = 5
 """By so much less nice are the gateway and the generator, which share a core with the decode worker."""
 
 
+class Replayed(NamedTuple):
+    """What came of requests."""
+
+    outcomes: Sequence[Outcome]
+    seconds: float
+    """From the first request to the last answer."""
+    lags_s: Sequence[float]
+    """How much later than planned each was sent."""
+
+
 class Pair(Engine):
     """The gateway in front of the pair."""
 
@@ -66,6 +76,23 @@ class Pair(Engine):
         async with super().client() as client:
             client.event_hooks = {"request": [tell]}
             yield client
+
+    async def replay(self, asked: Sequence[Asked], seed: int) -> "Replayed":
+        """Send the requests at their times, and wait for all answers."""
+        lags_s: list[float] = []
+        prompts = [prompt_of(request.prompt_tokens, seed * 100_000 + n) for n, request in enumerate(asked)]
+        clock = asyncio.get_running_loop()
+        async with self.client() as client:
+            started_s = clock.time()
+
+            async def one(request: Asked, prompt: Sequence[int]) -> Outcome:
+                await asyncio.sleep(request.at_s - (clock.time() - started_s))
+                lags_s.append(clock.time() - started_s - request.at_s)
+                targets = {"kairos_ttft_s": request.kind.ttft_s, "kairos_tpot_s": request.kind.tpot_s}
+                return await self.ask(client, prompt, request.output_tokens, vllm_xargs=targets)
+
+            outcomes = await asyncio.gather(*map(one, asked, prompts))
+            return Replayed(outcomes, clock.time() - started_s, lags_s)
 
     def is_under(self, strategy: str) -> bool:
         """Whether gateway and workers all have this strategy."""
@@ -137,7 +164,7 @@ def switch(pair: Pair, answers: dict[str, bytes], side: str, generation: int) ->
     while not pair.is_under(side):
         if time.monotonic() > ends_s:
             raise TimeoutError(f"{side} is not in force after {SWITCH_S:.0f} s")
-        asyncio.run(replay(pair, [Asked(0.0, 20, 4, WORKLOADS["ttft"][0])], 710))  # an idle engine takes nothing up
+        asyncio.run(pair.replay([Asked(0.0, 20, 4, WORKLOADS["ttft"][0])], 710))  # an idle engine takes nothing up
         time.sleep(0.5)
 
 
@@ -146,14 +173,14 @@ def run_pair(pair: Pair, answers: dict[str, bytes], number: int, tries: int) -> 
     kinds = WORKLOADS["ttft"]
     seed = 800 + 10 * number
     switch(pair, answers, "fcfs", 10 * tries)
-    taken = asyncio.run(replay(pair, drawn(kinds, CROWD, 1e9, seed), seed))
+    taken = asyncio.run(pair.replay(drawn(kinds, CROWD, 1e9, seed), seed))
     per_s = LOAD * CROWD / taken.seconds
     runs = []
     for place, side in enumerate(("fcfs", "on-time", "on-time", "fcfs")):
         switch(pair, answers, side, 10 * tries + 1 + place)
         seed = 10 * number + place // 2  # each half of a pair sends the same requests
         asked = drawn(kinds, max(20, round(per_s * SECONDS)), per_s, seed)
-        seen = asyncio.run(replay(pair, asked, seed))
+        seen = asyncio.run(pair.replay(asked, seed))
         lag_p50_s, lag_p99_s = map(float, np.percentile(seen.lags_s, (50, 99)))
         run = {"pair": number, "side": side, "per_s": per_s, "seconds": seen.seconds}
         runs.append(run | {"lag_p50_s": lag_p50_s, "lag_p99_s": lag_p99_s} | scored(asked, seen.outcomes))
