@@ -113,6 +113,25 @@ def live(results: dict[str, Any]) -> str:
 
 LIVE_METRICS = ("ttft_attainment", "tpot_attainment", "slo_attainment")
 
+
+def torch_pair(results: dict[str, Any]) -> str:
+    """A real pair on two cores, first come, first served and on-time in turns."""
+    found = results["ttft"]
+    rows = []
+    for metric in ("ttft", "ttft short", "ttft long"):
+        level, d = found["attainment"][metric], found["differences"][metric]
+        points = f"{d['mean']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f})"
+        rows.append((metric, f"{100 * level['fcfs']:.1f}", f"{100 * level['on-time']:.1f}", points))
+    runs = found["runs"]
+    said = (
+        f"{len(runs)} runs of {results['seconds']:.0f} s at {results['load']:.0%} of the rate measured just before, "
+        f"{sum(r['requests'] for r in runs):,} requests, {sum(r['failed'] for r in runs)} failed; sent within "
+        f"{1e3 * max(r['lag_p99_s'] for r in runs):.0f} ms of their time at p99 of the worst run; "
+        f"{results['void_pairs']} pairs of runs void and repeated. Other work ran on the machine, most of it during the first three pairs."
+    )
+    return f"{table(('met', '`fcfs`', '`on-time`', 'difference, points'), rows)}\n\n{said}"
+
+
 SECTIONS = (
     ("Prefill: first tokens in time", "attainment", prefill),
     ("Decode: output pace kept, at most 256 in a batch of `continuous`", "decode", decode),
@@ -121,6 +140,7 @@ SECTIONS = (
     ("What errors and the share guard cost `on-time`", "robustness", robustness),
     ("A live fleet of 4 + 4 emulated instances against its simulation", "live_against_simulated", live),
     ("Speed", "speed", speed),
+    ("A torch pair: prompts of mixed lengths, first tokens in time", "torch_attainment", torch_pair),
 )
 
 

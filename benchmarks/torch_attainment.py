@@ -41,8 +41,8 @@ from kairos.scheduler_core.strategy import parse_strategy
 
 SIDES = {"fcfs": "fcfs+late+least-requests+continuous", "on-time": "on-time+late+headroom+envelope"}
 LOAD = 0.85
-SECONDS = 15.0
-CROWD = 20
+SECONDS = 10.0
+CROWD = 16
 """Requests at once by which the rate is measured."""
 LATEST_S = 0.02
 """A generator that is later than this at p99 makes its run void."""
@@ -134,7 +134,7 @@ def configuration(folder: Path, prefill: int, decode: int, gateway: int, plane: 
 def served(folder: Path, plane: str) -> Iterator[Pair]:
     """The pair, with step times that were measured and learned just before."""
     with on(PREFILL_CORE):
-        sweep = ("--batches", "1,2,4,8,16", "--contexts", "0,256,1024,3072", "--repeats", 3)
+        sweep = ("--batches", "1,2,4,8,16", "--contexts", "0,256,1024,3072", "--repeats", 2)
         print(kairos_apart("profile", "torch", "--model", "small", *sweep, "--out", "profile", cwd=folder))
         print(kairos_apart("train", "profile", "--out", "model.kairos", cwd=folder), flush=True)
     prefill, decode, gateway = free_ports(3)
