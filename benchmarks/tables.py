@@ -127,8 +127,8 @@ def torch_pair(results: dict[str, Any]) -> str:
         f"{len(runs)} runs of {results['seconds']:.0f} s at {results['load']:.0%} of the rate measured just before, "
         f"{sum(r['requests'] for r in runs):,} requests, {sum(r['failed'] for r in runs)} failed; sent within "
         f"{1e3 * max(r['lag_p99_s'] for r in runs):.0f} ms of their time at p99 of the worst run; "
-        f"{results['void_pairs']} pairs of runs void and repeated. Other work ran on the machine, most of it during the "
-        "first three pairs."
+        f"{results['void_pairs']} pairs of runs void and repeated. Other work ran on the machine, most of it during "
+        "the first three pairs."
     )
     return f"{table(('met', '`fcfs`', '`on-time`', 'difference, points'), rows)}\n\n{said}"
 
