@@ -223,7 +223,8 @@ def compared(runs: list[dict[str, Any]], sides: tuple[str, str] = ("stock", "plu
     """Attainments of both sides, and the second's differences to the first over the pairs that are done."""
     pairs = sorted({run["pair"] for run in runs})
     found: dict[str, Any] = {"runs": runs, "attainment": {}, "differences": {}}
-    for metric in [key for key in runs[0] if key.startswith(("ttft", "tpot"))]:
+    told = [key for key in runs[0] if key.startswith(("ttft", "tpot"))]
+    for metric in [key for key in told if all(key in run for run in runs)]:  # a run may draw no long prompt
         shares = {
             side: [np.mean([r[metric] for r in runs if r["pair"] == pair and r["side"] == side]) for pair in pairs]
             for side in sides
