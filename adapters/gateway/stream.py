@@ -87,8 +87,8 @@ class Relayed:
         at, out = 0, []
         while True:
             if self.saw_token and (plain := self._plain_until(data, at)) > at:
-                self.events += data.count(b"\n\n", at, plain)
-                if plain - at == len(data):
+                self.events += data.startswith(b"data:", at) + data.count(b"\n\ndata:", at, plain)
+                if at == 0 and plain == len(data):
                     self._rest = b""
                     return data
                 out.append(data[at:plain])

@@ -95,8 +95,8 @@ class Trust:
         call.ttft_target_s = NO_TARGET_S if promise.ttft_s is None else promise.ttft_s
         call.tpot_target_s = NO_TARGET_S if promise.tpot_s is None else promise.tpot_s
         if not _ASKS_FOR_TARGETS.isdisjoint(headers):
-            call.ttft_target_s = _target(headers, _TTFT_HEADERS, promise.ttft_s)
-            call.tpot_target_s = _target(headers, _TPOT_HEADERS, promise.tpot_s)
+            call.ttft_target_s = _target(headers, _TTFT_HEADERS, call.ttft_target_s)
+            call.tpot_target_s = _target(headers, _TPOT_HEADERS, call.tpot_target_s)
 
     def _is_proxy(self, client: str) -> bool:
         if not self._proxies:
@@ -124,8 +124,7 @@ def trace_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
     return [(b"traceparent", parent), *([(b"tracestate", state)] if _TRACESTATE.fullmatch(state) else [])]
 
 
-def _target(headers: Headers, names: tuple[tuple[bytes, float], ...], promised_s: float | None) -> float:
-    tightest_s = NO_TARGET_S if promised_s is None else promised_s
+def _target(headers: Headers, names: tuple[tuple[bytes, float], ...], promised_s: float) -> float:
     for name, unit_s in names:
         if (raw := headers.get(name)) is not None:
             try:
@@ -134,8 +133,8 @@ def _target(headers: Headers, names: tuple[tuple[bytes, float], ...], promised_s
                 asked_s = math.nan
             if not 0 < asked_s < math.inf:
                 raise CallError(400, "invalid_target", f"{name.decode()} must be a number above 0")
-            return asked_s if promised_s is None else max(asked_s, tightest_s)
-    return tightest_s
+            return asked_s if promised_s == NO_TARGET_S else max(asked_s, promised_s)
+    return promised_s
 
 
 def _digest(key: bytes) -> bytes:
