@@ -18,7 +18,7 @@ from kairos.adapters.cli.simulate import (
     TraceFile,
     command_line,
 )
-from kairos.adapters.cli.terminal import percent, progress
+from kairos.adapters.cli.terminal import progress, tell_summary
 
 if TYPE_CHECKING:
     from kairos.scheduler_core.config import Settings
@@ -51,7 +51,6 @@ def load(
 
     Example: kairos load trace.csv.gz --fleet kairos.yaml --url http://127.0.0.1:8000 --load 0.9 --out live
     """
-    import msgspec
     import uvloop
 
     import kairos
@@ -68,14 +67,8 @@ def load(
     summary = write_live_run(run, out, meta)
     for problem, count in run.problems.items():
         typer.echo(f"note: {count} requests did not finish: {problem}", err=True)
-    if as_json:
-        typer.echo(msgspec.json.encode(summary).decode())
-        return
-    m = summary.metrics
-    typer.echo(f"{workload.trace} on {url}: {len(workload):,} requests, sent {1e3 * run.lag_p99_s:.1f} ms late at p99")
-    for name, value in (("TTFT", m.ttft_attainment), ("TPOT", m.tpot_attainment), ("both", m.slo_attainment)):
-        typer.echo(f"  {name:5} met {percent(value)}")
-    typer.echo(f"  files in {out}")
+    headline = f"{workload.trace} on {url}: {len(workload):,} requests, sent {1e3 * run.lag_p99_s:.1f} ms late at p99"
+    tell_summary(summary, headline, out, as_json)
 
 
 def first_model(settings: "Settings") -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from kairos.adapters.cli.terminal import percent, progress
+from kairos.adapters.cli.terminal import percent, progress, tell_summary
 from kairos.scheduler_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,8 +64,6 @@ def simulate(
 
     Example: kairos simulate trace.csv.gz --fleet b300 --strategy kairos --load 0.9 --target fixed:2/tpot:0.05 --out run
     """
-    import msgspec
-
     import kairos
     from kairos.adapters.simulator.evidence import Meta
     from kairos.adapters.simulator.log import write_run
@@ -83,14 +81,7 @@ def simulate(
     summary = write_run(run, out, meta)
     for note in _notes(scenario, run.notes, run.fallbacks):
         typer.echo(f"note: {note}", err=True)
-    if as_json:
-        typer.echo(msgspec.json.encode(summary).decode())
-        return
-    m = summary.metrics
-    typer.echo(f"{chosen.name} on {workload.trace}: {len(workload):,} requests")
-    for name, value in (("TTFT", m.ttft_attainment), ("TPOT", m.tpot_attainment), ("both", m.slo_attainment)):
-        typer.echo(f"  {name:5} met {percent(value)}")
-    typer.echo(f"  files in {out}")
+    tell_summary(summary, f"{chosen.name} on {workload.trace}: {len(workload):,} requests", out, as_json)
 
 
 def compare(

@@ -1,9 +1,15 @@
-"""What commands share in speaking to people: progress on stderr, the one way to write a share."""
+"""What commands share in speaking to people: progress on stderr, the one way to write a share, what a run attained."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from kairos.adapters.simulator.evidence import Summary
 
 T = TypeVar("T")
 
@@ -34,3 +40,17 @@ def percent(share: float | None, digits: int = 1) -> str:
     '95.7 %'
     """
     return "-" if share is None else f"{100 * share:.{digits}f} %"
+
+
+def tell_summary(summary: "Summary", headline: str, out: Path, as_json: bool) -> None:
+    """Print what a run attained, or its summary.json."""
+    if as_json:
+        import msgspec
+
+        typer.echo(msgspec.json.encode(summary).decode())
+        return
+    m = summary.metrics
+    typer.echo(headline)
+    for name, value in (("TTFT", m.ttft_attainment), ("TPOT", m.tpot_attainment), ("both", m.slo_attainment)):
+        typer.echo(f"  {name:5} met {percent(value)}")
+    typer.echo(f"  files in {out}")
