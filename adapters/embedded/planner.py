@@ -31,8 +31,12 @@ from kairos.scheduler_core.strategy import Strategy
 
 HEAD = 64
 """Most requests that an ordering rule is asked to order; a step hardly starts more."""
-SHARE_OF_SLACK = 0.9
-"""Share of the time until the next token is due that a step with prompt tokens may take."""
+SHARE_OF_SLACK = 0.5
+"""Share of the time until the next token is due that a step with prompt tokens may take.
+
+What is left is a reserve for steps that take longer than predicted. It costs its time once: a decode that has it goes on
+with one target a token, whatever the share.
+"""
 LATE_TARGETS = 20.0
 """A resident that is late by more TPOT targets than this no longer slows prompts down: it will not keep its target."""
 EMPTY_STEPS = 2
@@ -290,7 +294,7 @@ class Planner:
 
 
 def step_limit_s(members: Sequence[Resident], now_s: float) -> float:
-    """How long a step may take so that its decodes stay on time; those that are late keep their pace."""
+    """How long a step may take so that its decodes stay on time, and late ones catch up."""
     limit_s = math.inf
     for r in members:
         target_s = r.tpot_target_s

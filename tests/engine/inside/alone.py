@@ -118,6 +118,7 @@ class Loop:
         self.requests: dict[str, Request] = {}
         self.steps: list[dict[str, int]] = []
         self.first_token_s: dict[str, float] = {}
+        self.last_token_s: dict[str, float] = {}
         self.preempted: list[str] = []
 
     def add(self, name: str, prompt: int, output: int = 4, **xargs: float | str) -> None:
@@ -161,8 +162,9 @@ class Loop:
         )
         self.scheduler.update_from_output(output, answer)
         for name in ids:
-            if sampled[name] and name not in self.first_token_s:
-                self.first_token_s[name] = self.clock.now_s
+            if sampled[name]:
+                self.first_token_s.setdefault(name, self.clock.now_s)
+                self.last_token_s[name] = self.clock.now_s
 
     def run(self, most_steps: int = 20_000) -> bool:
         """Until nothing is left; whether that came."""
@@ -365,6 +367,35 @@ def slack(tpot_s: float) -> dict[str, object]:
     return {"chunks": chunks, "decoding": decoding, "tpot_s": max(tpot), "counts": loop.counts()}
 
 
+def two_paces(cls: type) -> dict[str, float]:
+    """Two TPOT classes near capacity, the tight one at 1.5 times a full decode step: shares in time."""
+    settings()
+    loop, chance = Loop(cls, seqs=8), random.Random(5)
+    arrivals = [loop.clock.now_s]
+    for _ in range(299):
+        arrivals.append(arrivals[-1] + chance.expovariate(9.0))
+    tpot_s = [chance.choice((0.015, 0.3)) for _ in arrivals]
+    for n, arrival_s in enumerate(arrivals):
+        while loop.clock.now_s < arrival_s and loop.scheduler.has_unfinished_requests():
+            loop.step()
+        loop.clock.now_s = max(loop.clock.now_s, arrival_s)
+        targets = {"kairos_ttft_s": 5.0, "kairos_tpot_s": tpot_s[n]}
+        loop.add(f"r{n}", chance.randrange(50, 900), chance.randrange(30, 60), **targets)
+    ended = loop.run()
+    paces = [
+        (loop.last_token_s[name] - loop.first_token_s[name]) / (tokens - 1) for name, tokens in loop.outputs().items()
+    ]
+    in_time = [pace_s <= target_s for pace_s, target_s in zip(paces, tpot_s, strict=True)]
+    ttft_s = [loop.first_token_s[f"r{n}"] - arrival_s for n, arrival_s in enumerate(arrivals)]
+    tight = [met for met, target_s in zip(in_time, tpot_s, strict=True) if target_s < 0.1]
+    return {
+        "ended": ended,
+        "tight": sum(tight) / len(tight),
+        "relaxed": (sum(in_time) - sum(tight)) / (len(in_time) - len(tight)),
+        "ttft": sum(s <= 5.0 for s in ttft_s) / len(ttft_s),
+    }
+
+
 def participation() -> dict[str, object]:
     """Two TPOT classes, more than the tight one lets run together."""
     settings(strategy="on-time+late+headroom+envelope")
@@ -455,6 +486,8 @@ SCENARIOS = {
     "slack_tight": lambda: slack(0.02),
     "slack_loose": lambda: slack(0.1),
     "slack_none": lambda: slack(1e6),
+    "two_paces": lambda: two_paces(Scheduler),
+    "two_paces_stock": lambda: two_paces(AsyncScheduler),
     "participation": participation,
     "no_room": no_room,
     "news": news,
