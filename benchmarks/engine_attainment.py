@@ -3,7 +3,7 @@
     python benchmarks/engine_attainment.py [--pairs 5] [--only WORKLOAD]
 
 Both engines run side by side and take turns: A B B A is a pair, A stock. One workload has long and short prompts and
-TTFT targets by length, the others two TPOT classes. The rate of a pair is a share of what the stock engine was measured
+TTFT targets by length, the other two TPOT classes. The rate of a pair is a share of what the stock engine was measured
 to take just before it; the plugin's model is trained on steps that it reported itself and pulled by it. A pair
 gives one difference of attainments; the interval is Student's over the pairs. How late the generator sent its requests
 is noted too. Writes results/engine_attainment.json.
@@ -18,7 +18,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,20 +54,20 @@ class Kind:
     slo_class: str
 
 
-WORKLOADS = {
-    "ttft": (
-        Kind(0.85, (20, 150), (4, 12), 1.0, 1.0, "short"),
-        Kind(0.15, (1500, 3000), (4, 12), 10.0, 1.0, "long"),
-    ),
-    "tpot": (
-        Kind(0.5, (50, 900), (30, 60), 5.0, 0.08, "tight"),
-        Kind(0.5, (50, 900), (30, 60), 5.0, 0.5, "relaxed"),
-    ),
-    "tpot 40 ms": (
-        Kind(0.5, (50, 900), (30, 60), 5.0, 0.04, "tight"),
-        Kind(0.5, (50, 900), (30, 60), 5.0, 0.5, "relaxed"),
-    ),
-}
+TTFT = (
+    Kind(0.85, (20, 150), (4, 12), 1.0, 1.0, "short"),
+    Kind(0.15, (1500, 3000), (4, 12), 10.0, 1.0, "long"),
+)
+FULL_BATCH, FULL_CONTEXT = 8, 500
+"""The decode batch that TPOT targets are multiples of: requests, and the context tokens of each."""
+
+
+def workloads(full_step_s: float) -> dict[str, tuple[Kind, Kind]]:
+    """The workloads of a machine on which a step of the full decode batch takes so long without prompts."""
+    tight = Kind(0.5, (50, 900), (30, 60), 5.0, 1.5 * full_step_s, "tight")
+    return {"ttft": TTFT, "tpot": (tight, replace(tight, tpot_s=30 * full_step_s, slo_class="relaxed"))}
+
+
 RESULTS = Path(__file__).parent / "results" / "engine_attainment.json"
 
 
@@ -107,18 +107,18 @@ async def replay(engine: Any, asked: Sequence[Asked], seed: int) -> Replayed:
     from engine.engines import prompt_of
 
     lags_s: list[float] = []
+    prompts = [prompt_of(request.prompt_tokens, seed * 100_000 + n) for n, request in enumerate(asked)]
+    clock = asyncio.get_running_loop()
     async with engine.client() as client:
-        clock = asyncio.get_running_loop()
         started_s = clock.time()
 
-        async def one(n: int, request: Asked) -> Any:
+        async def one(request: Asked, prompt: Sequence[int]) -> Any:
             targets = {"kairos_ttft_s": request.kind.ttft_s, "kairos_tpot_s": request.kind.tpot_s}
-            prompt = prompt_of(request.prompt_tokens, seed * 100_000 + n)
             await asyncio.sleep(request.at_s - (clock.time() - started_s))
             lags_s.append(clock.time() - started_s - request.at_s)
             return await engine.ask(client, prompt, request.output_tokens, vllm_xargs=targets)
 
-        outcomes = await asyncio.gather(*(one(n, request) for n, request in enumerate(asked)))
+        outcomes = await asyncio.gather(*map(one, asked, prompts))
         return Replayed(list(outcomes), clock.time() - started_s, np.array(lags_s))
 
 
@@ -133,6 +133,8 @@ def scored(asked: Sequence[Asked], outcomes: Sequence[Any]) -> dict[str, Any]:
         mine = [a.kind.slo_class == name for a in asked]
         of[f"ttft {name}"] = float(np.mean(np.array(ttft)[mine]))
         of[f"tpot {name}"] = float(np.mean(np.array(tpot)[mine]))
+        paces_s = [o.tpot_s for o, m in zip(outcomes, mine, strict=True) if m]
+        of[f"pace {name}"] = [float(p) for p in np.nanpercentile(paces_s, (50, 90))]
     return of
 
 
@@ -195,12 +197,12 @@ def trained(rows: Sequence[dict[str, Any]]) -> tuple[Profile, bytes, dict[str, A
 
 
 def learn(engine: Any, rows: Sequence[dict[str, Any]], answers: dict[str, bytes]) -> dict[str, Any]:
-    """Let the plugin report steps of both workloads, train on them, and wait until it has pulled the model."""
-    alone = [Asked(0.0, 20 * 3**n, 2, WORKLOADS["ttft"][0]) for n in range(5)]
+    """Let the plugin report steps of two workloads, train on them, and wait until it has pulled the model."""
+    alone = [Asked(0.0, 20 * 3**n, 2, TTFT[0]) for n in range(5)]
     for n, request in enumerate(alone):
         asyncio.run(replay(engine, [request], 700 + n))
-    for seed, name in enumerate(("ttft", "tpot"), start=900):
-        asyncio.run(replay(engine, drawn(WORKLOADS[name], CROWD, 4.0, seed), seed))
+    for seed, kinds in enumerate((TTFT, workloads(1.0)["tpot"]), start=900):
+        asyncio.run(replay(engine, drawn(kinds, CROWD, 4.0, seed), seed))
     engine.status(), engine.status()  # the thread has sent what there was
     profile, model, told = trained(rows)
     entry = {"profile_id": profile.profile_id, "version": 1, "generation": 1, "schema_hash": SCHEMA_HASH}
@@ -256,12 +258,11 @@ def main() -> None:
 
     reading = argparse.ArgumentParser()
     reading.add_argument("--pairs", type=int, default=5)
-    reading.add_argument("--only", choices=WORKLOADS, help="the file keeps what it says of the others")
+    reading.add_argument("--only", choices=workloads(1.0), help="the file keeps what it says of the others")
     told = reading.parse_args()
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if told.only else {}
     results |= {"meta": meta("python benchmarks/engine_attainment.py"), "vllm": VERSION}
     results |= {"load": LOAD, "seconds": SECONDS}
-    workloads = {name: kinds for name, kinds in WORKLOADS.items() if told.only in (None, name)}
     with tempfile.TemporaryDirectory() as at, ExitStack() as stack:
         folder = Path(at)
         address, rows, answers = stack.enter_context(control_plane())
@@ -272,8 +273,12 @@ def main() -> None:
             )
         engines = {"stock": stock.result(), "plugin": plugin.result()}
         results["model"] = learn(engines["plugin"], rows, answers)
-        print(f"{len(rows)} steps: {results['model']}", flush=True)
-        for number, (name, kinds) in enumerate(workloads.items()):
+        a_s, b_s, c_s = results["model"]["decode"]["line"]
+        results["full_step_s"] = a_s + FULL_BATCH * (b_s + c_s * FULL_CONTEXT)
+        print(f"{len(rows)} steps: {results['model']}; a full one {1e3 * results['full_step_s']:.0f} ms", flush=True)
+        for number, (name, kinds) in enumerate(workloads(results["full_step_s"]).items()):
+            if told.only not in (None, name):
+                continue
             runs: list[dict[str, Any]] = []
             for pair in range(told.pairs):
                 crowd = drawn(kinds, CROWD, 1e9, 800 + 10 * pair + number)
@@ -287,9 +292,10 @@ def main() -> None:
                     run = {"pair": pair, "side": side, "per_s": per_s, "seconds": seen.seconds}
                     run |= {"lag_p50_s": lag_p50_s, "lag_p99_s": lag_p99_s} | scored(asked, seen.outcomes)
                     runs.append(run)
+                    paces = {k: [round(1e3 * p) for p in v] for k, v in run.items() if k.startswith("pace")}
                     print(
                         f"{name} {side:6} ttft {run['ttft']:.2f} tpot {run['tpot']:.2f}, {per_s:.2f} a second, "
-                        f"{seen.seconds:.0f} s, sent {1e3 * lag_p99_s:.0f} ms late at p99",
+                        f"{seen.seconds:.0f} s, {paces}, sent {1e3 * lag_p99_s:.0f} ms late at p99",
                         flush=True,
                     )
                 results[name] = compared(runs)
