@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,11 @@ class Outcome:
         return (self.last_s - self.ttft_s) / (len(self.token_ids) - 1) if len(self.token_ids) > 1 else 0.0
 
 
-class Engine:
-    """A running server."""
+class Server:
+    """Something that answers the OpenAI API for the small model: an engine, or a gateway in front of some."""
 
-    def __init__(self, url: str, process: "subprocess.Popen[bytes]", status_folder: Path) -> None:
-        self.url, self.process, self.status_folder = url, process, status_folder
+    def __init__(self, url: str) -> None:
+        self.url = url
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[httpx.AsyncClient]:
@@ -119,7 +119,7 @@ class Engine:
                     continue
                 event = json.loads(line[6:])
                 if "error" in event:
-                    seen.error = str(event["error"])
+                    seen.error = json.dumps(event["error"])
                     return
                 tokens = [t for choice in event["choices"] for t in choice.get("token_ids") or ()]
                 if not tokens:
@@ -130,6 +130,14 @@ class Engine:
                 seen.token_ids += tokens
                 if hang_up_after is not None and len(seen.token_ids) >= hang_up_after:
                     return
+
+    def ask_whole(self, prompt: Sequence[int], output: int) -> list[int]:
+        """The tokens of a completion that comes in one piece."""
+        body = {"model": "small", "prompt": list(prompt), "max_tokens": output, "temperature": 0}
+        body |= {"ignore_eos": True, "return_token_ids": True}
+        answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=300, trust_env=False)
+        tokens: list[int] = answer.raise_for_status().json()["choices"][0]["token_ids"]
+        return tokens
 
     async def holds(self, client: httpx.AsyncClient, running: int, waiting: int) -> None:
         """Return once so many requests run and wait in it."""
@@ -147,6 +155,19 @@ class Engine:
     def is_healthy(self) -> bool:
         """Whether it says so."""
         return httpx.get(f"{self.url}/health", trust_env=False).status_code == 200
+
+
+class Engine(Server):
+    """A running vLLM."""
+
+    def __init__(self, url: str, process: "subprocess.Popen[bytes]", status_folder: Path) -> None:
+        super().__init__(url)
+        self.process, self.status_folder = process, status_folder
+
+    def kill(self) -> None:
+        """End it with its workers, as a machine that fails does."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
     def status(self) -> EngineStatus:
         """What the plugin in it wrote last, once it has written after now."""
@@ -181,10 +202,11 @@ def serve(
     plugin: bool = True,
     environment: dict[str, str] | None = None,
     name: str = "engine",
+    port: int | None = None,
     **settings: Any,
 ) -> Iterator[Engine]:
-    """A server with the small model; `settings` are the plugin's."""
-    python, model, port = python_of(version), small_model(), free_port()
+    """A server with the small model, at a port or any; `settings` are the plugin's."""
+    python, model, port = python_of(version), small_model(), port or free_port()
     status_folder = folder / f"{name}-status"
     told = {"linear": LINEAR, "status_dir": str(status_folder), "decision_budget_s": 0.05, **settings}
     variables = {
@@ -215,12 +237,22 @@ def serve(
         _until_healthy(engine, log)
         yield engine
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
+        with suppress(ProcessLookupError):  # killed
+            os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(20)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def joined(version: str, folder: Path, role: str, *arguments: str, **serving: Any) -> AbstractContextManager[Engine]:
+    """One engine of a pair that moves KV over loopback; `serving` is more for `serve`."""
+    transfer = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
+    loopback = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
+    loopback |= {"UCX_TLS": "tcp,shm,self", "UCX_NET_DEVICES": "lo"}
+    told = ("--kv-transfer-config", json.dumps(transfer), *arguments)
+    return serve(version, folder, *told, environment=loopback, name=role, **serving)
 
 
 def _until_healthy(engine: Engine, log: Path) -> None:

@@ -7,12 +7,24 @@ import random
 import sqlite3
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from engine.engines import ENGINES, ROOT, VERSIONS, Engine, Outcome, free_port, prompt_of, python_of, run, serve
+from engine.engines import (
+    ENGINES,
+    ROOT,
+    VERSIONS,
+    Engine,
+    Outcome,
+    free_port,
+    joined,
+    prompt_of,
+    python_of,
+    run,
+    serve,
+)
 from serving import served
 
 pytestmark = pytest.mark.engine
@@ -190,15 +202,6 @@ def test_a_policy_that_raises_invents_and_stalls_stops_nothing(tmp_path: Path) -
         "Unreliable: PolicyError",
         "Unreliable: DecisionTimeout",
     }
-
-
-def joined(version: str, folder: Path, role: str) -> AbstractContextManager[Engine]:
-    """One engine of a pair that moves KV over loopback."""
-    transfer = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
-    loopback = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
-    loopback |= {"UCX_TLS": "tcp,shm,self", "UCX_NET_DEVICES": "lo"}
-    arguments = ("--kv-transfer-config", json.dumps(transfer))
-    return serve(version, folder, *arguments, environment=loopback, name=role)
 
 
 async def through(prefill: Engine, decode: Engine, asked: Sequence[Asked]) -> list[Outcome]:
