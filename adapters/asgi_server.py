@@ -10,7 +10,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 _BACKLOG = 2048
-_PROGRESS_BYTES = 1024
 
 
 class AsgiServer:
@@ -43,8 +42,6 @@ class AsgiServer:
             timeout_keep_alive=keep_alive_s,
         )
         self._state = ServerState()
-        self._stalled: dict[HttpToolsProtocol, tuple[int, float]] = {}
-        """Bytes that wait for a client, and since when no fewer do; 0: a request of it is waited for."""
         self._server: asyncio.Server | None = None
 
     @property
@@ -81,31 +78,6 @@ class AsgiServer:
         for connection in list(self._state.connections):
             if getattr(connection, "client", None) == client:
                 connection.transport.abort()
-
-    def cut_stalled(self, limit_s: float, now_s: float) -> int:
-        """Cut the connections of clients that do nothing for so long though it is their turn; how many.
-
-        That is to send the head of a request, or to take what waits for them, a kilobyte at least. To be called again
-        and again.
-        """
-        stalled: dict[HttpToolsProtocol, tuple[int, float]] = {}
-        cut = 0
-        for connection in list(self._state.connections):
-            assert isinstance(connection, HttpToolsProtocol)
-            waiting = connection.transport.get_write_buffer_size()
-            serves = connection.cycle is not None and not connection.cycle.response_complete
-            if not waiting and (serves or connection.timeout_keep_alive_task is not None):
-                continue
-            before, since_s = self._stalled.get(connection, (-1, now_s))
-            if not before - _PROGRESS_BYTES < waiting <= before:
-                stalled[connection] = waiting, now_s
-            elif now_s - since_s <= limit_s:
-                stalled[connection] = before, since_s
-            else:
-                connection.transport.abort()
-                cut += 1
-        self._stalled = stalled
-        return cut
 
     async def stop(self, grace_s: float = 0.0) -> int:
         """Take no new connections, let requests end for so long, then cut what is left; how many were cut."""

@@ -6,7 +6,7 @@ For the data path: no task, queue or timer a request. Deadlines are looked after
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Literal, cast
 from urllib.parse import urlsplit
 
@@ -17,6 +17,10 @@ Headers = list[tuple[bytes, bytes]]
 _SWEEP_S = 0.1
 _BUFFER_BYTES = 256 * 1024
 """Unread body beyond which reading pauses."""
+_WHOLE_BYTES = 64 * 2**20
+"""A longer answer is none."""
+JOINED_BYTES = 16 * 1024
+"""Bodies below are copied behind their head."""
 _KEEP_IDLE_S = 3.0
 """Below the five seconds after which uvicorn, and so vLLM and SGLang, close an idle connection."""
 
@@ -36,51 +40,180 @@ class UpstreamError(Exception):
         super().__init__(message)
 
 
+def header_lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Headers as they are sent.
+
+    >>> header_lines([(b"a", b"1"), (b"b", b"2")])
+    b'a: 1\\r\\nb: 2\\r\\n'
+    """
+    return b"".join([b"%b: %b\r\n" % pair for pair in headers])
+
+
 class Response:
-    """An answer whose head is here; its body comes by `chunk`. Close it unless it was read to its end."""
+    """The answer to one request, as it comes. Close it unless it was read to its end.
 
-    __slots__ = ("_connection", "headers", "status")
+    It is read by `chunk`, `body` or `pipe`. They and `head` raise UpstreamError when it will not come whole.
+    """
 
-    def __init__(self, connection: "_Connection") -> None:
-        self.status: int = connection.status
-        self.headers: Headers = connection.headers
+    __slots__ = (
+        "_buffered",
+        "_connection",
+        "_due_s",
+        "_ended",
+        "_idle_s",
+        "_limit_bytes",
+        "_parts",
+        "_sink",
+        "_to_its_end",
+        "_waiter",
+        "complete",
+        "framed",
+        "headers",
+        "problem",
+        "status",
+    )
+
+    def __init__(self, connection: "_Connection", due_s: float, idle_s: float) -> None:
+        self.status = 0
+        """0 until its head is here."""
+        self.headers: Headers = []
+        self.framed = False
+        """It says itself where it ends."""
+        self.complete = False
+        self.problem: Exception | None = None
+        """Why it will not come whole."""
+        self._due_s = due_s
+        self._idle_s = idle_s
         self._connection: _Connection | None = connection
+        self._parts: list[bytes] = []
+        self._buffered = 0
+        self._limit_bytes = _BUFFER_BYTES
+        self._to_its_end = False
+        self._sink: Callable[[bytes, bool], None] | None = None
+        self._ended: Callable[[], None] | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    # -- to read it
 
     def header(self, name: bytes) -> bytes:
         """The value of a header, by its lower-case name; empty without one."""
         return next((value for key, value in self.headers if key == name), b"")
 
+    async def head(self) -> None:
+        """Wait until status and headers are here."""
+        while not self.status:
+            await self._more()
+
     async def chunk(self) -> bytes:
-        """What has come since; empty at the end of the body.
+        """What has come since; empty at the end of the body."""
+        while not self._parts:
+            if self.complete:
+                return b""
+            await self._more()
+        self.resume()
+        return self.taken()
 
-        Raises:
-            UpstreamError: the body will not come whole.
+    async def body(self, limit_bytes: int = _WHOLE_BYTES) -> bytes:
+        """The whole (rest of the) body; raises UpstreamError also when it is longer than the limit."""
+        self._limit_bytes, self._to_its_end = limit_bytes, True
+        self.resume()
+        while not self.complete:
+            await self._more()
+        return self.taken()
+
+    async def pipe(self, sink: Callable[[bytes, bool], None]) -> None:
+        """Give the body to `sink`, each piece as soon as it is here and without a task in between.
+
+        Args:
+            sink: told a piece and whether it is the last, which may be empty. It does not raise: it may `fail` this.
         """
-        connection = self._connection
-        if connection is None:
-            return b""
-        data = await connection.read()
-        if not data:
-            self._connection = None
-        return data
+        self._sink, self._to_its_end = sink, True
+        self.resume()
+        self.came()
+        while not self.complete:
+            await self._more()
+        if self.problem is not None:
+            raise self.problem
 
-    async def body(self, limit_bytes: int = 64 * 2**20) -> bytes:
-        """The whole (rest of the) body; raises UpstreamError as `chunk`, or when it is longer than the limit."""
-        parts: list[bytes] = []
-        size = 0
-        while data := await self.chunk():
-            parts.append(data)
-            size += len(data)
-            if size > limit_bytes:
-                self.close()
-                raise UpstreamError("protocol", f"answer longer than {limit_bytes} bytes")
+    def when_ended(self, ended: Callable[[], None]) -> None:
+        """Call `ended` as soon as all of it is here, for who asks `taken`, or it has failed."""
+        self._ended, self._limit_bytes, self._to_its_end = ended, _WHOLE_BYTES, True
+        if self.complete or self.problem is not None:
+            ended()
+
+    def taken(self) -> bytes:
+        """What has come since, without a wait."""
+        parts, self._parts, self._buffered = self._parts, [], 0
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def pause(self) -> None:
+        """Let nothing more come for now; that is not late then."""
+        if self._connection is not None and self._connection.holds(True):
+            self._due_s = float("inf")
+
+    def resume(self) -> None:
+        """Let it go on."""
+        if self._connection is not None and self._connection.holds(False):
+            self.due(self._connection.loop.time())
+
+    def fail(self, problem: Exception) -> None:
+        """End it: who waits for it gets this."""
+        if self.problem is None:
+            self.problem = problem
+            self.close()
+            self._wake()
+
     def close(self) -> None:
-        """Give the answer up; the server sees the connection end."""
-        if self._connection is not None:
-            self._connection.abort()
+        """Give it up; the server sees the connection end."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.response = None
+            connection.abort()
+
+    # -- for its connection
+
+    def put(self, data: bytes) -> None:
+        """A piece of the body is here."""
+        self._parts.append(data)
+        self._buffered += len(data)
+
+    def due(self, now_s: float) -> None:
+        """Something of it is here at this time; more must come."""
+        self._due_s = now_s + self._idle_s
+
+    def is_late(self, now_s: float) -> bool:
+        """Whether nothing came in time; an answer that its reader holds up is not late."""
+        return now_s > self._due_s and not self._parts
+
+    def came(self) -> None:
+        """All that there was to read is here."""
+        if self.complete:
             self._connection = None
+        if self._sink is not None and (self._parts or self.complete):
+            self._sink(self.taken(), self.complete)
+        if self._buffered > self._limit_bytes and not self.complete:
+            if self._to_its_end:
+                self.fail(UpstreamError("protocol", f"answer longer than {self._limit_bytes} bytes"))
+            else:
+                self.pause()
+        if self.complete or not self._to_its_end or not self.status:
+            self._wake()
+
+    async def _more(self) -> None:
+        if self.problem is not None:
+            raise self.problem
+        assert self._connection is not None, "it was closed"
+        self._waiter = self._connection.loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        if self._ended is not None and (self.complete or self.problem is not None):
+            self._ended()
 
 
 class HttpPool:
@@ -128,10 +261,30 @@ class HttpPool:
         first_byte_s: float = 30.0,
         idle_s: float = 30.0,
     ) -> Response:
-        """Send a request and wait for the head of its answer.
+        """Send a request and wait for the head of its answer; arguments and errors are those of `start`."""
+        lines = header_lines(headers)
+        response = await self.start(method, path, lines, body, first_byte_s=first_byte_s, idle_s=idle_s)
+        try:
+            await response.head()
+        except BaseException:
+            response.close()
+            raise
+        return response
+
+    async def start(
+        self,
+        method: bytes,
+        path: bytes,
+        lines: bytes = b"",
+        body: bytes = b"",
+        *,
+        first_byte_s: float = 30.0,
+        idle_s: float = 30.0,
+    ) -> Response:
+        """Send a request; there is nothing to wait for where an idle connection is kept.
 
         Args:
-            headers: without Host, Content-Length and Connection.
+            lines: its headers (`header_lines`), without Host, Content-Length and Connection.
             first_byte_s: seconds until the answer must begin.
             idle_s: seconds that may pass between two pieces of it.
 
@@ -139,19 +292,13 @@ class HttpPool:
             UpstreamError: there will be no answer.
         """
         connection = self._reuse() or await self._connect()
-        head = [method, b" ", self._prefix, path, b" HTTP/1.1\r\nhost: ", self._authority, b"\r\n"]
-        for name, value in headers:
-            head += (name, b": ", value, b"\r\n")
-        if body or method != b"GET":
-            head.append(b"content-length: %d\r\n" % len(body))
-        head.append(b"\r\n")
-        self._sweep_later()
-        try:
-            await connection.exchange(b"".join(head), body, first_byte_s, idle_s)
-        except BaseException:
-            connection.abort()
-            raise
-        return Response(connection)
+        length = b"content-length: %d\r\n" % len(body) if body or method != b"GET" else b""
+        head = b"%b %b%b HTTP/1.1\r\nhost: %b\r\n%b%b\r\n" % (
+            *(method, self._prefix, path, self._authority, lines, length),
+        )
+        if self._sweeping is None:
+            self._sweep_later()
+        return connection.ask(head, body, first_byte_s, idle_s)
 
     def close(self) -> None:
         """Close every connection, those in use too."""
@@ -202,14 +349,14 @@ class HttpPool:
         self._idle.append(connection)
 
     def _sweep_later(self) -> None:
-        if self._sweeping is None:
-            self._sweeping = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
+        self._sweeping = asyncio.get_running_loop().call_later(_SWEEP_S, self._sweep)
 
     def _sweep(self) -> None:
         self._sweeping = None
         now_s = asyncio.get_running_loop().time()
         for connection in list(self._open):
-            connection.check_deadline(now_s)
+            if connection.response is not None and connection.response.is_late(now_s):
+                connection.response.fail(UpstreamError("timeout", f"{self.url}: nothing came in time"))
         while self._idle and now_s - self._idle[0].idle_since_s > _KEEP_IDLE_S:
             self._idle.popleft().abort()
         if self._open:
@@ -220,28 +367,16 @@ class _Connection(asyncio.Protocol):
     """One connection: one request after the other. Also the callbacks of httptools' parser."""
 
     def __init__(self, pool: HttpPool, loop: asyncio.AbstractEventLoop) -> None:
-        self._pool = pool
-        self._loop = loop
-        self._transport: asyncio.Transport | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._paused = False
+        self.loop = loop
+        self.response: Response | None = None
+        """That which comes; None: nothing was asked, or all of it is here."""
         self.idle_since_s = 0.0
-        self._busy = False
+        self._pool = pool
+        self._transport: asyncio.Transport | None = None
+        self._held = False
+        self._keeps = False
         self._given_up = False
         self._parser = httptools.HttpResponseParser(self)
-        self._begin()
-
-    def _begin(self) -> None:
-        self.status = 0
-        self.headers: Headers = []
-        self._chunks: list[bytes] = []
-        self._buffered = 0
-        self._complete = False
-        self._keep = False
-        self._framed = False
-        self._error: UpstreamError | None = None
-        self._deadline_s = float("inf")
-        self._idle_limit_s = 0.0
 
     # -- of asyncio
 
@@ -253,14 +388,20 @@ class _Connection(asyncio.Protocol):
             self._pool.opened(self)
 
     def data_received(self, data: bytes) -> None:
-        if not self._busy:  # nothing was asked
+        response = self.response
+        if response is None:  # nothing was asked
             self.abort()
             return
-        self._deadline_s = self._loop.time() + self._idle_limit_s
+        response.due(self.loop.time())
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as problem:
-            self._fail(UpstreamError("protocol", f"{self._pool.url}: {problem}"))
+            self._keeps = False
+            if not response.complete:
+                response.fail(UpstreamError("protocol", f"{self._pool.url}: {problem}"))
+        if response.complete:
+            self._release()
+        response.came()
 
     def eof_received(self) -> None:
         return None
@@ -268,45 +409,45 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._transport = None
         self._pool.lost(self)
-        if not self._busy or self._complete:
+        response = self.response
+        if response is None:
             return
-        if self.status and not self._framed:  # such a body ends with its connection
+        if response.status and not response.framed:  # such a body ends with its connection
             self.on_message_complete()
+            response.came()
         else:
-            self._fail(UpstreamError("lost", f"{self._pool.url}: the connection ended"))
+            response.fail(UpstreamError("lost", f"{self._pool.url}: the connection ended"))
 
     # -- of the parser
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        name = name.lower()
-        if name in (b"content-length", b"transfer-encoding"):
-            self._framed = True
-        self.headers.append((name, value))
+        if self.response is not None:
+            name = name.lower()
+            if name in (b"content-length", b"transfer-encoding"):
+                self.response.framed = True
+            self.response.headers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        response = self.response
+        if response is None:  # a second answer to one request
+            self._keeps = False
+            return
         status: int = self._parser.get_status_code()
         if status < 200:
-            self.headers = []
+            response.headers = []
             return
-        self._framed = self._framed or status in (204, 304)
-        self.status = status
-        self._wake()
+        response.framed = response.framed or status in (204, 304)
+        response.status = status
 
     def on_body(self, body: bytes) -> None:
-        self._chunks.append(body)
-        self._buffered += len(body)
-        if self._buffered > _BUFFER_BYTES and not self._paused and self._transport is not None:
-            self._transport.pause_reading()
-            self._paused = True
-        self._wake()
+        if self.response is not None:
+            self.response.put(body)
 
     def on_message_complete(self) -> None:
-        if not self.status:
-            return
-        self._complete = True
-        self._keep = self._parser.should_keep_alive()
-        self._deadline_s = float("inf")
-        self._wake()
+        if self.response is not None and self.response.status:
+            self.response.complete = True
+            self.response = None
+            self._keeps = self._parser.should_keep_alive()
 
     # -- for the pool and the response
 
@@ -315,41 +456,30 @@ class _Connection(asyncio.Protocol):
         return (
             self._transport is not None
             and not self._transport.is_closing()
-            and self._loop.time() - self.idle_since_s < _KEEP_IDLE_S
+            and self.loop.time() - self.idle_since_s < _KEEP_IDLE_S
         )
 
-    async def exchange(self, head: bytes, body: bytes, first_byte_s: float, idle_s: float) -> None:
-        """Send a request and wait for the head of its answer."""
-        self._begin()
-        self._busy = True
-        self._idle_limit_s = idle_s
-        self._deadline_s = self._loop.time() + first_byte_s
+    def ask(self, head: bytes, body: bytes, first_byte_s: float, idle_s: float) -> Response:
+        """Send a request."""
         if self._transport is None:
             raise UpstreamError("lost", f"{self._pool.url}: the connection ended")
-        self._transport.writelines((head, body) if body else (head,))
-        while not self.status:
-            await self._more()
+        self.response = response = Response(self, self.loop.time() + first_byte_s, idle_s)
+        if len(body) < JOINED_BYTES:
+            self._transport.write(head + body)
+        else:
+            self._transport.writelines((head, body))
+        return response
 
-    async def read(self) -> bytes:
-        """What has come; empty at the end, and the connection is another request's then."""
-        while not self._chunks:
-            if self._complete:
-                self._finish()
-                return b""
-            await self._more()
-        chunks = self._chunks
-        self._chunks = []
-        self._buffered = 0
-        if self._paused and self._transport is not None:
+    def holds(self, hold: bool) -> bool:
+        """Whether that stops its reading, or lets it go on."""
+        if hold is self._held or self._transport is None:
+            return False
+        self._held = hold
+        if hold:
+            self._transport.pause_reading()
+        else:
             self._transport.resume_reading()
-            self._paused = False
-            self._deadline_s = self._loop.time() + self._idle_limit_s
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
-
-    def check_deadline(self, now_s: float) -> None:
-        """Fail when nothing came in time; an answer that its reader holds up is not late."""
-        if self._busy and now_s > self._deadline_s and not self._chunks:
-            self._fail(UpstreamError("timeout", f"{self._pool.url}: nothing came in time"))
+        return True
 
     def abort(self) -> None:
         """Close at once, also if it is not open yet."""
@@ -358,29 +488,10 @@ class _Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    async def _more(self) -> None:
-        if self._error is not None:
-            raise self._error
-        self._waiter = self._loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def _fail(self, error: UpstreamError) -> None:
-        if self._error is None:
-            self._error = error
-        self.abort()
-        self._wake()
-
-    def _finish(self) -> None:
-        self._busy = False
-        if self._keep and self._transport is not None and not self._transport.is_closing():
-            self.idle_since_s = self._loop.time()
+    def _release(self) -> None:
+        if self._keeps and self._transport is not None and not self._transport.is_closing():
+            self.holds(False)
+            self.idle_since_s = self.loop.time()
             self._pool.release(self)
         else:
             self.abort()

@@ -4,13 +4,12 @@ import asyncio
 import itertools
 import json
 import re
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 
-from kairos.adapters.asgi import Headers, Receive, Scope, Send, answer, unless_gone
 from kairos.adapters.gateway import dialects
-from kairos.adapters.gateway.bodies import Body, read_body
+from kairos.adapters.gateway.bodies import Body
 from kairos.adapters.gateway.calls import Call, Outcome
 from kairos.adapters.gateway.counting import TokenCounter
 from kairos.adapters.gateway.errors import CallError, EngineRefusal, error_body
@@ -19,23 +18,24 @@ from kairos.adapters.gateway.kv_events import token_blocks
 from kairos.adapters.gateway.metrics import GatewayMetrics
 from kairos.adapters.gateway.native import NativeBody
 from kairos.adapters.gateway.prefixes import block_ids
-from kairos.adapters.gateway.relay import Relay, Reply
+from kairos.adapters.gateway.relay import JSON, Relay, Reply
 from kairos.adapters.gateway.scheduling import Scheduler
 from kairos.adapters.gateway.tokens import TokenEstimates
-from kairos.adapters.gateway.trust import Trust, request_id_of, trace_headers
-from kairos.adapters.http_client import UpstreamError
+from kairos.adapters.gateway.trust import Headers, Identity, Trust, request_id_of, trace_lines
+from kairos.adapters.http_client import UpstreamError, header_lines
+from kairos.adapters.http_server import BodyFault, Limits, Request, Work
 from kairos.scheduler_core.config import GatewaySettings
 
-_GENERATION = {"/v1/completions": False, "/v1/chat/completions": True, "/generate": False}
+_GENERATION = {b"/v1/completions": False, b"/v1/chat/completions": True, b"/generate": False}
 """Paths whose requests are ordered, and whether they are chats."""
-_NATIVE = "/generate"
+_NATIVE = b"/generate"
 """That of SGLang's own API."""
 
 _RELAYED = frozenset(
     {
-        *("/v1/embeddings", "/v1/responses", "/v1/messages", "/v1/messages/count_tokens", "/v1/rerank", "/v2/rerank"),
-        *("/v1/score", "/v1/audio/transcriptions", "/v1/audio/translations", "/v1/audio/speech"),
-        *("/rerank", "/score", "/pooling", "/classify", "/tokenize", "/detokenize"),
+        *(b"/v1/embeddings", b"/v1/responses", b"/v1/messages", b"/v1/messages/count_tokens", b"/v1/rerank"),
+        *(b"/v2/rerank", b"/v1/score", b"/v1/audio/transcriptions", b"/v1/audio/translations", b"/v1/audio/speech"),
+        *(b"/rerank", b"/score", b"/pooling", b"/classify", b"/tokenize", b"/detokenize"),
     }
 )
 """Paths that go unchanged to the least loaded instance; an engine's other paths are its operator's."""
@@ -61,7 +61,7 @@ Ended = Callable[[Call, Outcome, str], None]
 
 
 class App:
-    """The ASGI application.
+    """What answers the gateway's requests.
 
     Args:
         counters: of the models whose tokens are counted and not estimated.
@@ -85,7 +85,6 @@ class App:
         self.trust = trust
         self.calls: dict[int, Call] = {}
         """Requests for tokens that have not ended."""
-        self._receives: dict[int, Receive] = {}
         self.others = 0
         """Requests of other paths that have not ended."""
         self.draining = False
@@ -100,35 +99,54 @@ class App:
         self._metrics_text = metrics_text
         self._numbers = itertools.count(1)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
-        path, method = scope["path"], scope["method"]
-        chat = _GENERATION.get(path)
-        if chat is not None and method == "POST":
-            await self._generate(scope, receive, send, chat)
-        elif method == "GET" and path in ("/health", "/metrics", "/v1/models"):
-            await self._look(scope, send)
-        elif path in _RELAYED and method == "POST":
-            await self._pass_on(scope, receive, send)
-        else:
-            await _refuse(send, CallError(404, "not_found", "the gateway has no such path"))
+    # -- of the server
+
+    def begin(self, request: Request) -> Work | None:
+        """Say what serves a request once its body is here, or answer it now."""
+        path, post = request.path, request.method == b"POST"
+        try:
+            if post and (chat := _GENERATION.get(path)) is not None:
+                return partial(self._generate, request, chat, self._let_in(request))
+            if post and path in _RELAYED:
+                self._metrics.relayed[path.decode()] += 1
+                self._let_in(request)
+                return partial(self._pass_on, request)
+            if request.method == b"GET" and path in (b"/health", b"/metrics", b"/v1/models"):
+                self._look(request)
+                return None
+            raise CallError(404, "not_found", "the gateway has no such path")
+        except CallError as problem:
+            self._refuse(request, problem)
+            return None
+
+    def refuse(self, request: Request, fault: BodyFault) -> None:
+        """Refuse a request for its body."""
+        self._refuse(request, _fault(fault, limits_of(self.settings)))
+
+    def _refuse(self, request: Request, problem: CallError) -> None:
+        """Answer a request that nothing was done for."""
+        if request.method == b"POST" and request.path in _GENERATION:
+            left = problem.code == "client_left"
+            self._metrics.outcomes[Outcome.CLIENT_LEFT if left else Outcome.REFUSED, problem.code] += 1
+        _answer_error(request, problem)
+
+    def _let_in(self, request: Request) -> Identity:
+        if self.draining:
+            raise CallError(503, "shutting_down", "the gateway is ending", 1)
+        return self.trust.identify(request.fields, request.client)
 
     # -- requests for tokens
 
-    async def _generate(self, scope: Scope, receive: Receive, send: Send, chat: bool) -> None:
-        arrival_s = time.monotonic()
-        headers: Headers = dict(scope["headers"])
+    async def _generate(self, request: Request, chat: bool, identity: Identity) -> None:
         try:
-            call = await self._taken(scope, receive, headers, chat, arrival_s)
+            call = await self._taken(request, identity, chat)
         except CallError as problem:
-            left = problem.code == "client_left"
-            self._metrics.outcomes[Outcome.CLIENT_LEFT if left else Outcome.REFUSED, problem.code] += 1
-            await _refuse(send, problem)
+            self._refuse(request, problem)
             return
-        reply = Reply(call, send)
-        call.task = asyncio.current_task()
+        reply = Reply(call, request)
+        call.task = request.task
+        request.left = partial(call.interrupt, CallError(499, "client_left", "the client left"))
         self.calls[call.number] = call
-        self._receives[call.number] = receive
         outcome, code = Outcome.FINISHED, ""
         try:
             await self._relay.serve(call, reply)
@@ -142,43 +160,30 @@ class App:
             outcome = _outcome_of(error, call)
             if call.interruption is not None and call.task is not None and call.task.cancelling():
                 call.task.uncancel()
-            if outcome is not Outcome.CLIENT_LEFT:
-                await reply.error(error)
+            reply.error(error)
         except BaseException:
             outcome, code = Outcome.FAILED, "bug"
             raise
         finally:
-            if call.watch is not None:
-                call.watch.cancel()
             self._scheduler.release(call)
-            del self.calls[call.number], self._receives[call.number]
+            del self.calls[call.number]
             self._ended(call, outcome, code)
 
-    def watch_clients(self) -> None:
-        """Watch for the clients of requests that are here since the last call to leave: most need no watch."""
-        for number, call in self.calls.items():
-            if call.watch is None:
-                call.watch = asyncio.get_running_loop().create_task(_gone(call, self._receives[number]))
-
-    async def _taken(self, scope: Scope, receive: Receive, headers: Headers, chat: bool, arrival_s: float) -> Call:
+    async def _taken(self, request: Request, identity: Identity, chat: bool) -> Call:
         """A request that may wait.
 
         Raises:
             CallError: it may not.
         """
-        if self.draining:
-            raise CallError(503, "shutting_down", "the gateway is ending", 1)
-        identity = self.trust.identify(headers, _client(scope))
-        raw = await self._body(receive, headers)
+        headers, arrival_s = request.fields, request.arrived_s
         try:
-            body = NativeBody(raw, self._native_model()) if scope["path"] == _NATIVE else Body(raw)
+            body = NativeBody(request.body, self._native_model()) if request.path == _NATIVE else Body(request.body)
             text = body.text(chat)
         except RecursionError:
             raise CallError(400, "invalid_json", "the body is nested too deeply") from None
-        number, path = next(self._numbers), scope["path"].encode()
-        call = Call(number, request_id_of(headers), path, chat, body, text, arrival_s)
+        call = Call(next(self._numbers), request_id_of(headers), request.path, chat, body, text, arrival_s)
         self.trust.set_targets(call, identity, headers)
-        call.trace_headers = trace_headers(headers)
+        call.trace_lines = trace_lines(headers)
         if self.divide is not None:
             self.divide(call, headers)
         call.total_deadline_s = arrival_s + self.settings.timeouts.total_s
@@ -229,10 +234,6 @@ class App:
     def _adapters(self) -> set[str]:
         return {name for instance in self._scheduler.instances.values() for name in instance.group.adapters}
 
-    async def _body(self, receive: Receive, headers: Headers) -> bytes:
-        timeouts = self.settings.timeouts
-        return await read_body(receive, headers, self.settings.max_body_bytes, timeouts.idle_s, timeouts.total_s)
-
     def _learn(self, call: Call) -> None:
         """Take in what the engine counted."""
         usage = call.usage
@@ -245,23 +246,19 @@ class App:
 
     # -- everything else
 
-    async def _look(self, scope: Scope, send: Send) -> None:
-        path = scope["path"]
-        if path == "/metrics":
-            await answer(send, 200, self._metrics_text().encode(), b"text/plain; version=0.0.4; charset=utf-8")
+    def _look(self, request: Request) -> None:
+        if request.path == b"/metrics":
+            text = self._metrics_text().encode()
+            request.answer(200, b"content-type: text/plain; version=0.0.4; charset=utf-8\r\n", text)
             return
-        if path == "/health":
+        if request.path == b"/health":
             status = 503 if self.draining or not self._scheduler.pools else 200
-            await answer(send, status, json.dumps(self.health()).encode())
+            request.answer(status, JSON, json.dumps(self.health()).encode())
             return
-        try:
-            self.trust.identify(dict(scope["headers"]), _client(scope))
-        except CallError as problem:
-            await _refuse(send, problem)
-            return
+        self.trust.identify(request.fields, request.client)
         models = sorted({model for pool in self._scheduler.pools for model in pool.serves})
         data = [{"id": model, "object": "model", "created": 0, "owned_by": "kairos"} for model in models]
-        await answer(send, 200, json.dumps({"object": "list", "data": data}).encode())
+        request.answer(200, JSON, json.dumps({"object": "list", "data": data}).encode())
 
     def health(self) -> dict[str, object]:
         """What works and what does not."""
@@ -276,55 +273,46 @@ class App:
             },
         }
 
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _pass_on(self, request: Request) -> None:
         """Relay a request as it is, to the least loaded instance that serves its model."""
-        headers: Headers = dict(scope["headers"])
-        self._metrics.relayed[scope["path"]] += 1
         try:
-            if self.draining:
-                raise CallError(503, "shutting_down", "the gateway is ending", 1)
-            self.trust.identify(headers, _client(scope))
-            raw = await self._body(receive, headers)
-            instance = self._least_loaded(_model_of(headers, raw))
+            instance = self._least_loaded(_model_of(request.fields, request.body))
         except CallError as problem:
-            await _refuse(send, problem)
+            _answer_error(request, problem)
             return
         self.others += 1
         instance.relayed += 1
         try:
-            await unless_gone(self._relay_to(instance, scope, raw, send), receive)
+            await self._relay_to(instance, request)
+        except (CallError, UpstreamError) as problem:
+            if request.began:
+                request.break_off()
+            elif isinstance(problem, CallError):
+                _answer_error(request, problem)
+            else:
+                _answer_error(request, CallError(502, "engine_lost", "the engine did not answer"))
         finally:
             self.others -= 1
             instance.relayed -= 1
 
-    async def _relay_to(self, instance: LiveInstance, scope: Scope, raw: bytes, send: Send) -> None:
-        began = False
+    async def _relay_to(self, instance: LiveInstance, request: Request) -> None:
+        timeouts = self.settings.timeouts
+        response = await instance.http.send(
+            b"POST",
+            request.target,
+            dialects.passed_on(_public(request.headers), instance),
+            request.body,
+            first_byte_s=timeouts.total_s,
+            idle_s=timeouts.idle_s,
+        )
         try:
-            response = await instance.http.send(
-                b"POST",
-                scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b""),
-                dialects.passed_on(_public(scope["headers"]), instance),
-                raw,
-                first_byte_s=self.settings.timeouts.total_s,
-                idle_s=self.settings.timeouts.idle_s,
-            )
-            try:
-                if response.status in (401, 403):
-                    raise CallError(502, "engine_key", "the engine does not take the gateway's key")
-                kept = [pair for pair in response.headers if pair[0] not in _HOP_BY_HOP and pair[0] != b"set-cookie"]
-                began = True
-                await send({"type": "http.response.start", "status": response.status, "headers": kept})
-                while data := await response.chunk():
-                    await send({"type": "http.response.body", "body": data, "more_body": True})
-                await send({"type": "http.response.body", "body": b""})
-            finally:
-                response.close()
-        except (CallError, UpstreamError) as problem:
-            if began:  # the connection ends: only so does the client learn that there should be more
-                raise ConnectionAbortedError("the engine's answer ended before its end") from None
-            if isinstance(problem, UpstreamError):
-                problem = CallError(502, "engine_lost", "the engine did not answer")
-            await _refuse(send, problem)
+            if response.status in (401, 403):
+                raise CallError(502, "engine_key", "the engine does not take the gateway's key")
+            kept = [pair for pair in response.headers if pair[0] not in _HOP_BY_HOP and pair[0] != b"set-cookie"]
+            request.begin(response.status, header_lines(kept), response)
+            await response.pipe(request.piece)
+        finally:
+            response.close()
 
     def _least_loaded(self, model: str) -> LiveInstance:
         ready = [instance for instance in self._scheduler.instances.values() if instance.is_ready]
@@ -337,23 +325,11 @@ class App:
         return min(able, key=lambda instance: (instance.role != "mixed", instance.requests))
 
 
-async def _gone(call: Call, receive: Receive) -> None:
-    """Stop a request when its client leaves; a server says the same when the answer is complete."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    call.interrupt(CallError(499, "client_left", "the client left"))
-
-
 def _outcome_of(error: CallError, call: Call) -> Outcome:
     if error.code == "client_left":
         return Outcome.CLIENT_LEFT
     refused = isinstance(error, EngineRefusal) or (not call.attempts and error.status < 500) or not call.dispatch_s
     return Outcome.REFUSED if refused else Outcome.FAILED
-
-
-def _client(scope: Scope) -> str:
-    client = scope.get("client")
-    return str(client[0]) if client else ""
 
 
 def _public(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -378,8 +354,22 @@ def _model_of(headers: Headers, raw: bytes) -> str:
     return match[1].decode("utf-8", "replace") if match else ""
 
 
-async def _refuse(send: Send, problem: CallError) -> None:
-    extra = [] if problem.retry_after_s is None else [(b"retry-after", b"%d" % problem.retry_after_s)]
+def limits_of(settings: GatewaySettings) -> Limits:
+    """What clients may take."""
+    return Limits(settings.max_body_bytes, settings.timeouts.total_s, settings.timeouts.idle_s)
+
+
+def _fault(fault: BodyFault, limits: Limits) -> CallError:
+    if fault == "too_large":
+        return CallError(413, "body_too_large", f"the body is larger than {limits.body_bytes} bytes")
+    if fault == "too_slow":
+        took = f"a piece of the body took {limits.idle_s:g} s, or all {limits.body_s:g} s"
+        return CallError(408, "body_too_slow", took)
+    return CallError(499, "client_left", "the client left")
+
+
+def _answer_error(request: Request, problem: CallError) -> None:
+    lines = JSON if problem.retry_after_s is None else JSON + b"retry-after: %d\r\n" % problem.retry_after_s
     if problem.status == 401:
-        extra.append((b"www-authenticate", b"Bearer"))
-    await answer(send, problem.status, error_body(problem), extra=extra)
+        lines += b"www-authenticate: Bearer\r\n"
+    request.answer(problem.status, lines, error_body(problem))

@@ -3,13 +3,11 @@
 Nothing here keeps or logs what a prompt says.
 """
 
-import asyncio
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from kairos.adapters.asgi import Headers, Receive
 from kairos.adapters.gateway.errors import CallError
 from kairos.adapters.gateway.stream import Relayed, Usage, usage_of
 
@@ -63,7 +61,7 @@ class Body:
         CallError: it is no JSON object, or a field is not what it must be.
     """
 
-    __slots__ = ("fields", "model", "stream", "wants_usage")
+    __slots__ = ("_raw", "fields", "model", "stream", "wants_usage")
     engine = ""
     """The only one that takes such requests; empty: any."""
 
@@ -72,7 +70,12 @@ class Body:
             fields = _decode_fields(raw)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as problem:
             raise CallError(400, "invalid_json", f"the body is no JSON object: {problem}") from None
-        self.fields: Fields = {name: value for name, value in fields.items() if name not in _STRIPPED}
+        self._raw: bytes | None = raw
+        """As it came; None when an engine must not get it so."""
+        if not _STRIPPED.isdisjoint(fields):
+            self._raw = None
+            fields = {name: value for name, value in fields.items() if name not in _STRIPPED}
+        self.fields: Fields = fields
         self.model: str = self._field("model", str, model) or model
         if not self.model:
             raise CallError(400, "model_missing", "model is missing; GET /v1/models lists them")
@@ -133,11 +136,18 @@ class Body:
 
     def whole(self, extra: Mapping[str, Any]) -> bytes:
         """The body for the engine that answers, with other fields; a stream is asked to tell its usage."""
-        fields: dict[str, Any] = dict(self.fields)
         if self.stream and not self.wants_usage:
             options: dict[str, Any] = self._field("stream_options", dict, {})
-            fields["stream_options"] = {**options, "include_usage": True}
-        return _encode(fields | dict(extra))
+            extra = {"stream_options": {**options, "include_usage": True}, **extra}
+        return self._with(extra)
+
+    def _with(self, extra: Mapping[str, Any]) -> bytes:
+        """The body with other fields: in front of what came, where that has none of them."""
+        if self._raw is None or not self.fields.keys().isdisjoint(extra):
+            return _encode(self.fields | dict(extra))
+        if not extra:
+            return self._raw
+        return _encode(extra)[:-1] + b"," + self._raw[self._raw.index(b"{") + 1 :]
 
     # -- fields
 
@@ -230,39 +240,3 @@ def _parts(messages: object) -> list[object]:
             text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else part
             parts.append(text)
     return parts
-
-
-async def read_body(
-    receive: Receive, headers: Headers, limit_bytes: int, idle_s: float, total_s: float = float("inf")
-) -> bytes:
-    """The body of a request, each piece of it within `idle_s`, all of it within `total_s`.
-
-    Raises:
-        CallError: it is too large, comes too slowly, or its client left.
-    """
-    loop = asyncio.get_running_loop()
-    ends_s = loop.time() + total_s
-    declared = headers.get(b"content-length", b"")
-    if declared.isdigit() and int(declared) > limit_bytes:
-        raise _too_large(limit_bytes)
-    parts: list[bytes] = []
-    size = 0
-    try:
-        async with asyncio.timeout(min(idle_s, total_s)) as limit:
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise CallError(499, "client_left", "the client left")
-                parts.append(message.get("body", b""))
-                size += len(parts[-1])
-                if size > limit_bytes:
-                    raise _too_large(limit_bytes)
-                if not message.get("more_body"):
-                    return parts[0] if len(parts) == 1 else b"".join(parts)
-                limit.reschedule(min(loop.time() + idle_s, ends_s))
-    except TimeoutError:
-        raise CallError(408, "body_too_slow", f"a piece of the body took {idle_s:g} s, or all {total_s:g} s") from None
-
-
-def _too_large(limit_bytes: int) -> CallError:
-    return CallError(413, "body_too_large", f"the body is larger than {limit_bytes} bytes")

@@ -65,11 +65,10 @@ class Call:
         "token_blocks",
         "total_deadline_s",
         "tpot_target_s",
-        "trace_headers",
+        "trace_lines",
         "ttft_target_s",
         "turn",
         "usage",
-        "watch",
     )
 
     def __init__(
@@ -83,7 +82,8 @@ class Call:
         self.body = body
         self.text = text
         self.arrival_s = arrival_s
-        self.trace_headers: list[tuple[bytes, bytes]] = []
+        self.trace_lines = b""
+        """Its trace context, as headers for engines."""
         self.tenant = ""
         self.slo_class = "default"
         self.ttft_target_s = NO_TARGET_S
@@ -97,8 +97,6 @@ class Call:
         self.turn: asyncio.Future[None] | None = None
         """Resolved when an instance takes it; its exception when none will."""
         self.task: asyncio.Task[None] | None = None
-        self.watch: asyncio.Task[None] | None = None
-        """Waits for its client to leave, once it has been here for a moment."""
         self.answered = False
         """All of the answer has gone out: that its client leaves now, or its time is over, is no loss."""
         self.attempts = 0

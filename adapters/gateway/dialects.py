@@ -13,8 +13,7 @@ from kairos.adapters.gateway.calls import Call
 from kairos.adapters.gateway.errors import CallError
 from kairos.adapters.gateway.instances import LiveInstance
 from kairos.adapters.gateway.stream import Usage
-
-Headers = list[tuple[bytes, bytes]]
+from kairos.adapters.http_client import Headers
 
 _HIGHEST = 2**31 - 1
 _rooms = random.SystemRandom()
@@ -23,7 +22,8 @@ _rooms = random.SystemRandom()
 class Message(NamedTuple):
     """A request to an engine."""
 
-    headers: Headers
+    lines: bytes
+    """Its headers."""
     body: bytes
 
 
@@ -39,7 +39,7 @@ _prefill_answer = msgspec.json.Decoder(PrefillAnswer).decode
 
 def alone(call: Call, instance: LiveInstance) -> Message:
     """The request for an engine that does both."""
-    return Message(_headers(call, instance), call.body.whole(_priority(call, instance)))
+    return Message(_lines(call, instance), call.body.whole(_priority(call, instance)))
 
 
 def nixl_prefill(call: Call, prefill: LiveInstance) -> Message:
@@ -73,7 +73,7 @@ def nixl_params(body: bytes) -> tuple[msgspec.Raw, Usage | None]:
 def nixl_decode(call: Call, decode: LiveInstance, params: msgspec.Raw) -> Message:
     """The second leg: the whole request, with what the first answered."""
     extra = _priority(call, decode) | {"kv_transfer_params": params}
-    return Message(_headers(call, decode), call.body.whole(extra))
+    return Message(_lines(call, decode), call.body.whole(extra))
 
 
 def both_legs(call: Call, prefill: LiveInstance, decode: LiveInstance) -> tuple[Message, Message]:
@@ -83,13 +83,13 @@ def both_legs(call: Call, prefill: LiveInstance, decode: LiveInstance) -> tuple[
 
 def passed_on(headers: Headers, instance: LiveInstance) -> Headers:
     """The headers of a request that is relayed as it is."""
-    return [*headers, *_key(instance)]
+    return [*headers, *instance.key_header]
 
 
 def _mooncake(call: Call, prefill: LiveInstance, decode: LiveInstance) -> tuple[Message, Message]:
     transfer = uuid4().hex
     first = _prefill_leg(call, prefill, {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer})
-    first.headers.append((b"x-data-parallel-rank", b"0"))
+    first = Message(first.lines + b"x-data-parallel-rank: 0\r\n", first.body)
     params = {
         "do_remote_prefill": True,
         "do_remote_decode": False,
@@ -98,7 +98,7 @@ def _mooncake(call: Call, prefill: LiveInstance, decode: LiveInstance) -> tuple[
         "transfer_id": transfer,
     }
     extra = _priority(call, decode) | {"kv_transfer_params": params}
-    return first, Message(_headers(call, decode), call.body.whole(extra))
+    return first, Message(_lines(call, decode), call.body.whole(extra))
 
 
 def _sglang(call: Call, prefill: LiveInstance, decode: LiveInstance) -> tuple[Message, Message]:
@@ -107,16 +107,15 @@ def _sglang(call: Call, prefill: LiveInstance, decode: LiveInstance) -> tuple[Me
         "bootstrap_port": prefill.bootstrap_port,
         "bootstrap_room": _rooms.getrandbits(63),
     }
-    first, second = (
-        Message(_headers(call, instance), call.body.whole(_priority(call, instance) | place))
-        for instance in (prefill, decode)
-    )
-    return first, second
+    body = call.body.whole(_priority(call, prefill) | place)
+    same = prefill.passes_priority == decode.passes_priority
+    other = body if same else call.body.whole(_priority(call, decode) | place)
+    return Message(_lines(call, prefill), body), Message(_lines(call, decode), other)
 
 
 def _prefill_leg(call: Call, prefill: LiveInstance, params: dict[str, Any]) -> Message:
     extra = _priority(call, prefill) | {"kv_transfer_params": params}
-    return Message(_headers(call, prefill), call.body.prefill_leg(extra))
+    return Message(_lines(call, prefill), call.body.prefill_leg(extra))
 
 
 def _priority(call: Call, instance: LiveInstance) -> dict[str, Any]:
@@ -127,14 +126,9 @@ def _priority(call: Call, instance: LiveInstance) -> dict[str, Any]:
     return {"priority": _HIGHEST - rank if instance.engine == "sglang" else rank}
 
 
-def _headers(call: Call, instance: LiveInstance) -> Headers:
-    return [
-        (b"content-type", b"application/json"),
-        (b"x-request-id", call.request_id.encode()),
-        *call.trace_headers,
-        *_key(instance),
-    ]
-
-
-def _key(instance: LiveInstance) -> Headers:
-    return [(b"authorization", b"Bearer " + instance.key.encode())] if instance.key else []
+def _lines(call: Call, instance: LiveInstance) -> bytes:
+    return b"content-type: application/json\r\nx-request-id: %b\r\n%b%b" % (
+        call.request_id.encode(),
+        call.trace_lines,
+        instance.key_line,
+    )

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 
 from msgspec import structs
 
-from kairos.adapters.asgi import Headers
 from kairos.adapters.dataplane.arms import Active, Arms, Running
 from kairos.adapters.dataplane.reports import ArmReport, SlotReport, exceptions_among
 from kairos.adapters.gateway.calls import Call, Outcome
 from kairos.adapters.gateway.instances import LiveInstance
 from kairos.adapters.gateway.scheduling import Scheduler
+from kairos.adapters.gateway.trust import Headers
 from kairos.scheduler_core.decider import Decider
 from kairos.scheduler_core.errors import InputError
 from kairos.scheduler_core.experiment import Clock, Slot

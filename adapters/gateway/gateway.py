@@ -6,10 +6,9 @@ import ssl
 import time
 from collections.abc import Coroutine, Iterator
 
-from kairos.adapters.asgi_server import AsgiServer
 from kairos.adapters.control_plane import NewStepTimes
 from kairos.adapters.dataplane.reports import SlotReport
-from kairos.adapters.gateway.app import App
+from kairos.adapters.gateway.app import App, limits_of
 from kairos.adapters.gateway.calls import Call, Outcome
 from kairos.adapters.gateway.control import ControlLink, News, request_row
 from kairos.adapters.gateway.counting import TokenCounter
@@ -24,6 +23,7 @@ from kairos.adapters.gateway.relay import Relay
 from kairos.adapters.gateway.scheduling import Scheduler
 from kairos.adapters.gateway.tokens import TokenEstimates
 from kairos.adapters.gateway.trust import Trust
+from kairos.adapters.http_server import HttpServer
 from kairos.scheduler_core.config import GatewaySettings, Settings
 from kairos.scheduler_core.domain import Profile
 from kairos.scheduler_core.errors import ConfigError, KairosError
@@ -64,7 +64,7 @@ class Gateway:
         )
         self._listener_tls = _listener_tls(gateway)
         self._engine_tls = ssl.create_default_context(cafile=gateway.engine_ca) if gateway.engine_ca else None
-        self.server = AsgiServer(self.app, gateway.host, gateway.port, self._listener_tls)
+        self.server = HttpServer(self.app, limits_of(gateway), gateway.host, gateway.port, self._listener_tls)
         self._members: dict[str, Member] = {}
         self._numbers: dict[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -127,6 +127,7 @@ class Gateway:
         self.app.trust = trust
         self.app.counters = counters
         self.app.settings = settings.gateway
+        self.server.limits = limits_of(settings.gateway)
         self.relay.timeouts = settings.gateway.timeouts
         self.player.configure(strategy)
         if self._listener_tls is not None and settings.gateway.tls is not None:
@@ -224,12 +225,11 @@ class Gateway:
         looked_s = time.monotonic()
         while True:
             await asyncio.sleep(_SWEEP_S)
-            self.app.watch_clients()
             now_s = time.monotonic()
             idle_s = self.settings.gateway.timeouts.idle_s
             if now_s >= looked_s + min(1.0, idle_s / 4):  # there may be thousands
                 looked_s = now_s
-                self.stalled += self.server.cut_stalled(idle_s, now_s)
+                self.stalled += self.server.sweep(now_s)
             for call in list(self.app.calls.values()):
                 if now_s > call.total_deadline_s:
                     call.interrupt(CallError(504, "deadline", "the request took longer than timeouts.total_s"))

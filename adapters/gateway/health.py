@@ -206,6 +206,5 @@ def _version(body: bytes) -> str:
 
 
 async def _get(instance: LiveInstance, path: bytes) -> tuple[int, bytes]:
-    headers = [(b"authorization", b"Bearer " + instance.key.encode())] if instance.key else []
-    answer = await instance.http.send(b"GET", path, headers, first_byte_s=_PROBE_S, idle_s=_PROBE_S)
+    answer = await instance.http.send(b"GET", path, instance.key_header, first_byte_s=_PROBE_S, idle_s=_PROBE_S)
     return answer.status, await answer.body()

@@ -8,7 +8,7 @@ import msgspec
 from kairos.adapters.gateway.calls import Call
 from kairos.adapters.gateway.kv_events import KvEventReader
 from kairos.adapters.gateway.prefixes import PrefixIndex
-from kairos.adapters.http_client import HttpPool
+from kairos.adapters.http_client import Headers, HttpPool, header_lines
 from kairos.scheduler_core.config import (
     ComputesPrompts,
     DecodeGroup,
@@ -215,8 +215,9 @@ class LiveInstance:
         self.group = group
         self.serves = serves
         self.http = http
-        self.key = key
-        """What is said to it as a bearer key; empty: nothing."""
+        self.key_header: Headers = [(b"authorization", b"Bearer " + key.encode())] if key else []
+        """The key that it is told, if it wants one."""
+        self.key_line = header_lines(self.key_header)
         self.state = State.NEW
         self.problem = ""
         """Why it gets no requests."""

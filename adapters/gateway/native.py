@@ -11,8 +11,6 @@ from kairos.adapters.gateway.stream import Cached, Relayed, Usage, content_of, f
 
 _MEDIA = ("image_data", "audio_data", "video_data")
 
-_encode = msgspec.json.Encoder().encode
-
 
 class _Meta(msgspec.Struct, frozen=True, gc=False):
     """`meta_info` of an answer: what it has cost so far."""
@@ -50,7 +48,8 @@ class NativeBody(Body):
         super().__init__(raw, model)
         absent = [name for name in ("text", "input_ids") if bytes(self.fields.get(name, b"null")) == b"null"]
         for name in ("model", *absent):
-            self.fields.pop(name, None)
+            if self.fields.pop(name, None) is not None:
+                self._raw = None
         self.wants_usage = True
 
     def text(self, chat: bool) -> Text:
@@ -74,7 +73,7 @@ class NativeBody(Body):
 
     def whole(self, extra: Mapping[str, Any]) -> bytes:
         """The body for the engine, with other fields."""
-        return _encode(self.fields | dict(extra))
+        return self._with(extra)
 
     def reader(self) -> Relayed:
         """What reads its stream."""

@@ -8,7 +8,6 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from kairos.adapters.asgi import Send
 from kairos.adapters.gateway import dialects
 from kairos.adapters.gateway.calls import Call
 from kairos.adapters.gateway.dialects import Message
@@ -17,77 +16,68 @@ from kairos.adapters.gateway.instances import DecodeSide, LiveInstance
 from kairos.adapters.gateway.leases import KvGrant, expired_error
 from kairos.adapters.gateway.scheduling import Scheduler
 from kairos.adapters.http_client import Response, UpstreamError
+from kairos.adapters.http_server import Request
 from kairos.scheduler_core.config import Timeouts
 from kairos.scheduler_core.slo import NO_TARGET_S
 
 _ATTEMPTS = 2
-_SSE = b"text/event-stream; charset=utf-8"
-_JSON = b"application/json"
+JSON = b"content-type: application/json\r\n"
+_SSE = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 
 
 class Reply:
     """The answer to the client; its head goes out with the first bytes."""
 
-    __slots__ = ("_call", "_send", "began")
+    __slots__ = ("_call", "_request")
 
-    def __init__(self, call: Call, send: Send) -> None:
+    def __init__(self, call: Call, request: Request) -> None:
         self._call = call
-        self._send = send
-        self.began = False
+        self._request = request
 
-    async def whole(self, status: int, body: bytes, extra: tuple[tuple[bytes, bytes], ...] = ()) -> None:
+    @property
+    def began(self) -> bool:
+        """Whether the client has anything of it."""
+        return self._request.began
+
+    def whole(self, status: int, body: bytes, lines: bytes = b"") -> None:
         """An answer in one piece."""
-        self.began = self._call.answered = True
-        length = (b"content-length", b"%d" % len(body))
-        headers = [(b"content-type", _JSON), length, *told(self._call), *extra]
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        await self._send({"type": "http.response.body", "body": body})
-
-    async def piece(self, data: bytes) -> None:
-        """A piece of a stream."""
-        if not self.began:
-            self.began = True
-            headers = [
-                (b"content-type", _SSE),
-                (b"cache-control", b"no-cache"),
-                (b"x-accel-buffering", b"no"),
-                *told(self._call),
-            ]
-            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def end(self) -> None:
-        """The end of a stream."""
         self._call.answered = True
-        await self._send({"type": "http.response.body", "body": b""})
+        self._request.answer(status, JSON + told(self._call) + lines, body)
 
-    async def error(self, error: CallError) -> None:
+    def piece(self, data: bytes, last: bool, response: Response) -> None:
+        """A piece of a stream."""
+        if not self._request.began:
+            self._request.begin(200, _SSE + told(self._call), response)
+        self._call.answered = last
+        self._request.piece(data, last)
+
+    def error(self, error: CallError) -> None:
         """An error: an answer of its own, or the event that ends a stream; nothing after the end."""
         if self._call.answered:
             return
-        if self.began:
-            await self.piece(error_event(error))
-            await self.end()
+        if self._request.began:
+            self._call.answered = True
+            self._request.piece(error_event(error), last=True)
             return
-        retry = () if error.retry_after_s is None else ((b"retry-after", b"%d" % error.retry_after_s),)
-        await self.whole(error.status, error_body(error), retry)
+        retry = b"" if error.retry_after_s is None else b"retry-after: %d\r\n" % error.retry_after_s
+        self.whole(error.status, error_body(error), retry)
 
 
-def told(call: Call) -> list[tuple[bytes, bytes]]:
+def told(call: Call) -> bytes:
     """The headers that say what was decided."""
     request_id = call.request_id.encode()
-    headers = [
-        (b"x-request-id", request_id),
-        (b"x-kairos-request-id", request_id),
-        (b"x-kairos-decision-us", b"%d" % call.decision_us),
-    ]
+    lines = b"x-request-id: %b\r\nx-kairos-request-id: %b\r\nx-kairos-decision-us: %d\r\n" % (
+        request_id,
+        request_id,
+        call.decision_us,
+    )
     if call.dispatch_s:
-        headers.append((b"x-kairos-waited-s", b"%.6f" % (call.dispatch_s - call.arrival_s)))
+        lines += b"x-kairos-waited-s: %.6f\r\n" % (call.dispatch_s - call.arrival_s)
     if call.prefill is not None:
-        headers.append((b"x-kairos-prefill-instance", call.prefill.instance_id.encode()))
+        lines += b"x-kairos-prefill-instance: %b\r\n" % call.prefill.instance_id.encode()
     if call.decode is not None:
-        headers.append((b"x-kairos-decode-instance", call.decode.instance_id.encode()))
-    return headers
+        lines += b"x-kairos-decode-instance: %b\r\n" % call.decode.instance_id.encode()
+    return lines
 
 
 class Relay:
@@ -175,8 +165,7 @@ class Relay:
                 timer.cancel()
 
     async def _serial(self, call: Call, prefill: LiveInstance, reply: Reply) -> None:
-        response = await self._ask(call, prefill, dialects.nixl_prefill(call, prefill))
-        body = await self._body(call, response, prefill)
+        body = await self._body(call, await self._ask(call, prefill, dialects.nixl_prefill(call, prefill)), prefill)
         params, call.usage = dialects.nixl_params(body)
         if call.usage is not None and call.usage.prompt_tokens:
             call.prompt_tokens = call.usage.prompt_tokens  # by the engine's count from here on
@@ -202,28 +191,37 @@ class Relay:
         first, second = dialects.both_legs(call, prefill, decode)
         if not call.body.stream:
             call.deadline_s = NO_TARGET_S
-        leg = asyncio.ensure_future(self._prefill_leg(call, prefill, first))
-        leg.add_done_callback(lambda done: _prefill_failed(call, done))
+        leg = await self._ask(call, prefill, first)
+        leg.when_ended(lambda: self._leg_ended(call, leg, prefill))
         try:
             response = await self._ask(call, decode, second)
             await self._answer(call, response, decode, side, reply)
-        finally:
-            if not leg.done():
-                leg.cancel()
-                await asyncio.gather(leg, return_exceptions=True)
+        except BaseException:
+            leg.close()
+            raise
 
-    async def _prefill_leg(self, call: Call, prefill: LiveInstance, message: Message) -> None:
-        await self._body(call, await self._ask(call, prefill, message), prefill)
-        self._scheduler.prefill_ended(call)
+    def _leg_ended(self, call: Call, leg: Response, prefill: LiveInstance) -> None:
+        """Give the decode leg up when the prefill leg beside it has failed, unless its KV was there."""
+        if isinstance(leg.problem, UpstreamError):
+            self._failed(call, prefill, leg.problem)
+            error = _as_error(leg.problem)
+        elif leg.status == 200:
+            self._scheduler.prefill_ended(call)
+            return
+        else:
+            call.failed_on.add(prefill.instance_id)
+            error = _refusal(leg.status, leg.taken())
+        if not call.first_token_s:
+            call.interrupt(error)
 
     # -- answers
 
     async def _ask(self, call: Call, instance: LiveInstance, message: Message) -> Response:
         try:
-            return await instance.http.send(
+            return await instance.http.start(
                 b"POST",
                 call.path,
-                message.headers,
+                message.lines,
                 message.body,
                 first_byte_s=self.timeouts.total_s,
                 idle_s=self.timeouts.idle_s,
@@ -254,59 +252,62 @@ class Relay:
         self, call: Call, response: Response, instance: LiveInstance, side: DecodeSide, reply: Reply
     ) -> None:
         """Pass an engine's answer on."""
-        try:
-            if response.status != 200 or not call.body.stream:
-                body = await self._body(call, response, instance)
-                self._first_token(call, side)
-                call.usage = call.body.usage_in(body) or call.usage
-                call.output_tokens = call.usage.completion_tokens or 0 if call.usage else 0
-                call.last_token_s = call.first_token_s
-                await reply.whole(200, body)
-            else:
-                await self._stream(call, response, instance, side, reply)
-        finally:
-            response.close()
+        if call.body.stream:
+            await self._stream(call, response, instance, side, reply)
+            return
+        body = await self._body(call, response, instance)
+        self._first_token(call, side)
+        call.usage = call.body.usage_in(body) or call.usage
+        call.output_tokens = call.usage.completion_tokens or 0 if call.usage else 0
+        call.last_token_s = call.first_token_s
+        reply.whole(200, body)
 
     async def _stream(
         self, call: Call, response: Response, instance: LiveInstance, side: DecodeSide, reply: Reply
     ) -> None:
+        """Pass a stream on: each piece goes to the client in the moment it comes."""
         relayed = call.body.reader()
-        held = b""
-        while True:
-            try:
-                data = await response.chunk()
-            except UpstreamError as problem:
-                self._failed(call, instance, problem)
-                raise
-            if not data:
-                break
+        held: list[bytes] = []
+
+        def passed(data: bytes, last: bool) -> None:
             try:
                 data = relayed.feed(data)
-            except CallError:
+                if relayed.events > call.output_tokens:
+                    side.last_token_s = call.last_token_s = time.monotonic()
+                    side.grow(call, relayed.events - call.output_tokens)
+                    call.output_tokens = relayed.events
+                    if not call.first_token_s:
+                        self._first_token(call, side)
+                ended = last and relayed.done
+                if not reply.began:
+                    held.append(data)
+                    if not call.first_token_s:
+                        if not ended:
+                            return
+                        self._first_token(call, side)  # nothing was produced
+                    data = b"".join(held)
+            except CallError as problem:
                 call.failed_on.add(instance.instance_id)
-                raise
-            if relayed.events > call.output_tokens:
-                side.last_token_s = call.last_token_s = time.monotonic()
-                side.grow(call, relayed.events - call.output_tokens)
-                call.output_tokens = relayed.events
-                if not call.first_token_s:
-                    self._first_token(call, side)
-            if not reply.began:
-                held += data
-                if not call.first_token_s:
-                    continue
-                data = held
-            if data:
-                await reply.piece(data)
+                response.fail(problem)
+            else:
+                if data or ended:
+                    reply.piece(data, ended, response)
+
+        try:
+            await response.head()
+            if response.status != 200:
+                await self._body(call, response, instance)
+            await response.pipe(passed)
+        except UpstreamError as problem:
+            self._failed(call, instance, problem)
+            raise
+        finally:
+            response.close()
         if not relayed.done:
             raise CallError(502, "engine_error", "the engine's answer ended before its end")
-        if not reply.began:  # nothing was produced
-            self._first_token(call, side)
-            await reply.piece(held)
         call.usage = relayed.usage or call.usage
         if relayed.usage is not None and relayed.usage.completion_tokens:
             call.output_tokens = relayed.usage.completion_tokens
-        await reply.end()
 
     def _first_token(self, call: Call, side: DecodeSide) -> None:
         """The first token is here.
@@ -324,17 +325,6 @@ class Relay:
         call.deadline_s = NO_TARGET_S
         side.enter(call)
         self._scheduler.prefill_ended(call)
-
-
-def _prefill_failed(call: Call, leg: "asyncio.Future[None]") -> None:
-    """Give the decode leg up when the prefill leg beside it has failed."""
-    problem = None if leg.cancelled() else leg.exception()
-    if call.first_token_s:  # the KV was there
-        return
-    if isinstance(problem, UpstreamError):
-        call.interrupt(_as_error(problem))
-    elif isinstance(problem, CallError):
-        call.interrupt(problem)
 
 
 def _as_error(problem: UpstreamError) -> CallError:

@@ -11,7 +11,7 @@ import msgspec
 from kairos.adapters.gateway.errors import CallError
 
 _EVENT_END = re.compile(rb"\r?\n\r?\n")
-_MARKS = (b'"usage":{', b'{"error"', b"[DONE]")
+_USAGE, _ERROR, _DONE = b'"usage":{', b'{"error"', b"[DONE]"
 _TOKEN_FIELDS = ("content", "reasoning_content", "reasoning", "tool_calls", "function_call", "refusal")
 
 
@@ -106,9 +106,11 @@ class Relayed:
     def _plain_until(self, data: bytes, at: int) -> int:
         """Up to where there are whole events from `at` on that need no look: none with usage, an error or the end."""
         special = len(data)
-        for mark in _MARKS:
-            if (found := data.find(mark, at, special)) >= 0:
-                special = found
+        if _USAGE in data or _ERROR in data or _DONE in data:
+            marks = (data.find(mark, at) for mark in (_USAGE, _ERROR, _DONE))
+            special = min((found for found in marks if found >= 0), default=special)
+        elif data.endswith(b"\n\n"):
+            return special
         end = data.rfind(b"\n\n", at, special)
         return at if end < 0 else end + 2
 

@@ -4,6 +4,7 @@ import hashlib
 import ipaddress
 import math
 import os
+import random
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -111,17 +112,17 @@ class Trust:
 def request_id_of(headers: Headers) -> str:
     """The id that the client gave, or a new one."""
     given = headers.get(b"x-request-id", b"")
-    return given.decode() if _REQUEST_ID.fullmatch(given) else os.urandom(16).hex()
+    return given.decode() if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
-def trace_headers(headers: Headers) -> list[tuple[bytes, bytes]]:
-    """W3C trace context for the engines: the same trace, a new span."""
+def trace_lines(headers: Headers) -> bytes:
+    """W3C trace context as headers for the engines: the same trace, a new span."""
     match = _TRACEPARENT.fullmatch(headers.get(b"traceparent", b""))
     if match is None:
-        return []
-    parent = b"00-%b-%b-%b" % (match[1], os.urandom(8).hex().encode(), match[2])
+        return b""
+    parent = b"traceparent: 00-%b-%b-%b\r\n" % (match[1], os.urandom(8).hex().encode(), match[2])
     state = headers.get(b"tracestate", b"")
-    return [(b"traceparent", parent), *([(b"tracestate", state)] if _TRACESTATE.fullmatch(state) else [])]
+    return parent + (b"tracestate: %b\r\n" % state if _TRACESTATE.fullmatch(state) else b"")
 
 
 def _target(headers: Headers, names: tuple[tuple[bytes, float], ...], promised_s: float) -> float:

@@ -10,13 +10,12 @@ from builders import step_times
 from emulated import MODEL, call, events, options, run, until
 from gateways import KINDS, NOTHING, QUICK, behind_gateway, left_behind, pair, running_gateway, settings_for
 
-from kairos.adapters.asgi import answer
+from kairos.adapters.asgi import answer, body_of
 from kairos.adapters.asgi_server import AsgiServer
 from kairos.adapters.emulator.faults import Fault, Faults
 from kairos.adapters.emulator.gpu import Limits
 from kairos.adapters.emulator.worker import EmulatedWorker
 from kairos.adapters.gateway import health
-from kairos.adapters.gateway.bodies import read_body
 from kairos.adapters.gateway.gateway import Gateway
 from kairos.adapters.http_client import HttpPool, UpstreamError
 
@@ -192,7 +191,7 @@ def test_an_engine_that_answers_no_health_check_any_more_loses_its_requests(monk
         if scope["method"] == "GET" and not hangs:
             await answer(send, 200, b'{"version": "0.32.0"}')
             return
-        await read_body(receive, {}, 10**6, 1.0)
+        await body_of(receive)
         await receive()
 
     async def work() -> tuple[int, str, int]:
@@ -377,7 +376,7 @@ def test_a_client_that_leaves_another_path_ends_the_engines_work() -> None:
         if scope["method"] == "GET":
             await answer(send, 200, b'{"version": "0.32.0"}')
             return
-        await read_body(receive, {}, 10**6, 1.0)
+        await body_of(receive)
         working.set()
         await receive()
         left.set()
@@ -418,7 +417,7 @@ def test_a_client_that_reads_nothing_loses_its_connection_and_its_request_ends()
         if scope["method"] == "GET":
             await answer(send, 200, b'{"version": "0.32.0"}')
             return
-        await read_body(receive, {}, 10**6, 1.0)
+        await body_of(receive)
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
         async def gone() -> None:

@@ -11,10 +11,10 @@ import pytest
 from emulated import MODEL, call, options, run, workers
 from gateways import KINDS, behind_gateway, running_gateway, settings_for
 
-from kairos.adapters.asgi import answer
+from kairos.adapters.asgi import answer, body_of
 from kairos.adapters.asgi_server import AsgiServer
 from kairos.adapters.emulator.faults import Fault
-from kairos.adapters.gateway.bodies import Body, read_body
+from kairos.adapters.gateway.bodies import Body
 from kairos.adapters.gateway.calls import Call
 from kairos.adapters.gateway.errors import CallError
 from kairos.adapters.gateway.trust import Trust
@@ -118,7 +118,7 @@ def test_engines_get_their_own_key_and_nothing_that_was_between_client_and_gatew
         if scope["method"] == "GET":
             await answer(send, 200, b'{"version": "0.32.0"}')
             return
-        seen.append((headers, json.loads(await read_body(receive, headers, 10**6, 1.0))))
+        seen.append((headers, json.loads(await body_of(receive))))
         await answer(send, 200, b'{"choices": [], "usage": {"prompt_tokens": 10}}', extra=[(b"set-cookie", b"a=b")])
 
     private = {"kv_transfer_params": "boom", "bootstrap_room": 1, "priority": -5, "request_id": "x", "rid": "x"}
