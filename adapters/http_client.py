@@ -165,7 +165,7 @@ class Response:
 
     def close(self) -> None:
         """Give it up; the server sees the connection end."""
-        connection, self._connection = self._connection, None
+        connection, self._connection, self._sink = self._connection, None, None
         if connection is not None:
             connection.response = None
             connection.abort()
@@ -191,6 +191,8 @@ class Response:
             self._connection = None
         if self._sink is not None and (self._parts or self.complete):
             self._sink(self.taken(), self.complete)
+            if self.complete:
+                self._sink = None
         if self._buffered > self._limit_bytes and not self.complete:
             if self._to_its_end:
                 self.fail(UpstreamError("protocol", f"answer longer than {self._limit_bytes} bytes"))
@@ -213,7 +215,8 @@ class Response:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
         if self._ended is not None and (self.complete or self.problem is not None):
-            self._ended()
+            ended, self._ended = self._ended, None
+            ended()
 
 
 class HttpPool:

@@ -415,10 +415,12 @@ class _Connection(asyncio.Protocol):
         request.task = self._loop.create_task(self._work(request))
 
     async def _work(self, request: Request) -> None:
-        assert request.work is not None
+        work, request.work = request.work, None
+        assert work is not None
         try:
-            await request.work()
+            await work()
         finally:
+            request.left = None
             if request.began and not request.answered:
                 request.break_off()
             elif not request.answered:

@@ -70,6 +70,8 @@ class PrefillSide:
         self.flights: dict[int, float] = {}
         """Predicted end of each prompt there, by the request's number; in the order in which they were sent."""
         self.tokens: dict[int, int] = {}
+        self.sum_tokens = 0
+        """Of the prompts there."""
         self.ended_s = 0.0
         """When the last one ended."""
 
@@ -106,12 +108,13 @@ class PrefillSide:
         """Count a prompt that is sent now."""
         self.flights[call.number] = max(self.free_at_s, now_s) + prefill_s
         self.tokens[call.number] = call.prompt_tokens
+        self.sum_tokens += call.prompt_tokens
 
     def end(self, call: Call, now_s: float) -> float:
         """A prompt is done or given up: the seconds that were its own."""
-        if call.number not in self.flights:
+        if self.flights.pop(call.number, None) is None:
             return 0.0
-        del self.flights[call.number], self.tokens[call.number]
+        self.sum_tokens -= self.tokens.pop(call.number)
         seconds = now_s - max(call.dispatch_s, self.ended_s)
         self.ended_s = now_s
         return max(seconds, 0.0)

@@ -148,7 +148,7 @@ class Pool:
                 PrefillLoad(
                     side.instance,
                     len(own) + len(side.flights),
-                    sum(w.remaining_tokens for w in own) + sum(side.tokens.values()),
+                    sum(w.remaining_tokens for w in own) + side.sum_tokens,
                     sum(w.prefill_s for w in own) + max(side.free_at_s - now_s, 0.0),
                     request.prefill_s,
                     request.cached_tokens,
@@ -212,9 +212,11 @@ class Pool:
 
     def roughly_s(self, views: Views, now_s: float) -> float:
         """TTFT of an arriving request in arrival order: all that waits shared by the instances, then its own work."""
-        soonest_s = min(max(side_of(instance).free_at_s - now_s, 0.0) for instance in self.instances)
-        own_s = min(view.prefill_s for view in views.values())
-        return soonest_s + self.waiting_s / len(self.instances) + own_s
+        soonest_s = own_s = float("inf")
+        for instance in self.instances:
+            soonest_s = min(soonest_s, side_of(instance).free_at_s)
+            own_s = min(own_s, views[instance.instance_id].prefill_s)
+        return max(soonest_s - now_s, 0.0) + self.waiting_s / len(self.instances) + own_s
 
 
 def side_of(instance: LiveInstance) -> PrefillSide:

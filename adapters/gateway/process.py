@@ -1,6 +1,7 @@
 """The gateway as a process: signals, and the loop it runs on."""
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -14,6 +15,9 @@ from kairos.scheduler_core.config import Settings
 from kairos.scheduler_core.errors import ConfigError, KairosError
 
 _log = logging.getLogger(__name__)
+
+_GARBAGE_OBJECTS = 20_000
+"""A request leaves no cycles behind, so cycles are looked for seldom."""
 
 
 def run_gateway(load: Callable[[], Settings], step_times_of: StepTimesOf) -> None:
@@ -40,6 +44,8 @@ async def _run(load: Callable[[], Settings], settings: Settings, step_times_of: 
         wanted = settings.gateway
         raise ConfigError(f"cannot listen on {wanted.host}:{wanted.port}: {problem.strerror or problem}") from None
     _log.info("gateway on %s", gateway.server.address)
+    gc.freeze()
+    gc.set_threshold(_GARBAGE_OBJECTS)
     reloads = loop.create_task(_reload(gateway, load, again))
     await ends.wait()
     reloads.cancel()

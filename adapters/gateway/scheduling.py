@@ -385,7 +385,7 @@ def _met(instance: LiveInstance) -> Met:
     return Met(
         running=len(side.flights) + (len(decode.residents) if decode else 0),
         waiting=len(side.lane.own) + (0 if side.lane.shared is None else len(side.lane.shared)),
-        prefill_tokens_in_flight=sum(side.tokens.values()),
+        prefill_tokens_in_flight=side.sum_tokens,
         decode_tokens_in_flight=decode.sum_context_tokens if decode else 0,
         kv_usage_share=instance.scraped.kv_usage_share,
     )
