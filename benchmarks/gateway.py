@@ -6,12 +6,16 @@ one core could give. Modes: plain, PD with NIXL's serial handshake, PD with both
 
     python benchmarks/gateway.py --rounds 5 --out benchmarks/results/gateway.json
     python benchmarks/gateway.py --peers VENV      # with sglang-router and vllm-router from that environment
+
+Requests without a stream come from `wrk` where that is on the PATH, streams from a client in Python.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -152,12 +156,15 @@ class Client(asyncio.Protocol):
             self.send()
 
 
+def body_text(stream: bool, prompt: str) -> str:
+    """The body of a completion."""
+    body: dict[str, Any] = {"model": MODEL, "prompt": prompt, "max_tokens": TOKENS if stream else 1}
+    return json.dumps(body | {"stream": True} if stream else body)
+
+
 def request_bytes(port: int, stream: bool, prompt: str) -> bytes:
     """A completion."""
-    body: dict[str, Any] = {"model": MODEL, "prompt": prompt, "max_tokens": TOKENS if stream else 1}
-    if stream:
-        body |= {"stream": True}
-    raw = json.dumps(body).encode()
+    raw = body_text(stream, prompt).encode()
     head = b"POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1:%d\r\ncontent-type: application/json\r\n" % port
     return head + b"content-length: %d\r\n\r\n%b" % (len(raw), raw)
 
@@ -178,9 +185,30 @@ CASES = {
 """Stream or not, prompt, connections."""
 
 
+async def wrk(port: int, prompt: str, connections: int, seconds: float) -> tuple[int, float]:
+    """Requests that `wrk` had answered, and the median of their latency in us."""
+    with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
+        script.write('wrk.method = "POST"\nwrk.headers["content-type"] = "application/json"\n')
+        script.write(f"wrk.body = [==[{body_text(False, prompt)}]==]\n")
+        script.flush()
+        how = ("-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--latency", "-s", script.name)
+        url = f"http://127.0.0.1:{port}/v1/completions"
+        running = await asyncio.create_subprocess_exec("wrk", *how, url, stdout=subprocess.PIPE)
+        told = (await running.communicate())[0].decode()
+    done, median = re.search(r"(\d+) requests in", told), re.search(r"50%\s+([\d.]+)(us|ms|s)", told)
+    if done is None or median is None or "Non-2xx" in told or "Socket errors" in told:
+        raise SystemExit(told)
+    return int(done[1]), float(median[1]) * {"us": 1.0, "ms": 1e3, "s": 1e6}[median[2]]
+
+
 async def load(port: int, case: str, seconds: float, process: "subprocess.Popen[bytes]") -> dict[str, float]:
     """Drive one case for some seconds."""
     stream, prompt, connections = CASES[case]
+    if not stream and shutil.which("wrk"):
+        await wrk(port, prompt, connections, 1.0)
+        before, began_s = cpu_s(process), time.perf_counter()
+        answered, median_us = await wrk(port, prompt, connections, seconds)
+        return figures(answered, cpu_s(process) - before, time.perf_counter() - began_s, median_us)
     loop = asyncio.get_running_loop()
     raw = request_bytes(port, stream, prompt)
     clients = [Client(raw, stream) for _ in range(connections)]
@@ -198,15 +226,20 @@ async def load(port: int, case: str, seconds: float, process: "subprocess.Popen[
         client.transport.abort()
     if not done or any(client.errors for client in clients):
         raise SystemExit(f"{case}: {done} answers, {sum(client.errors for client in clients)} errors; see its log")
-    result = {
-        "cpu_us_per_request": used_s / done * 1e6,
-        "requests_per_cpu_s": done / used_s if used_s else float("nan"),
-        "requests_per_s": done / took_s,
-        "first_byte_p50_us": first_s[len(first_s) // 2] * 1e6,
-    }
+    result = figures(done, used_s, took_s, first_s[len(first_s) // 2] * 1e6)
     if stream:
         result["cpu_us_per_token"] = used_s / done / TOKENS * 1e6
     return result
+
+
+def figures(done: int, used_s: float, took_s: float, first_byte_p50_us: float) -> dict[str, float]:
+    """What was measured of one case."""
+    return {
+        "cpu_us_per_request": used_s / done * 1e6,
+        "requests_per_cpu_s": done / used_s if used_s else float("nan"),
+        "requests_per_s": done / took_s,
+        "first_byte_p50_us": first_byte_p50_us,
+    }
 
 
 @contextmanager
@@ -323,7 +356,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "gateway.json")
     arguments = parser.parse_args()
     results = uvloop.run(measure(arguments))
-    told = {"meta": meta("python benchmarks/gateway.py"), "results": results}
+    load_by = {"requests": "wrk" if shutil.which("wrk") else "Python", "streams": "Python"}
+    told = {"meta": meta("python benchmarks/gateway.py") | {"load": load_by}, "results": results}
     arguments.out.write_text(json.dumps(told, indent=1) + "\n")
     for mode, who in results.items():
         for name, cases in who.items():
