@@ -145,7 +145,7 @@ class App:
             return
         reply = Reply(call, request)
         call.task = request.task
-        request.left = partial(call.interrupt, CallError(499, "client_left", "the client left"))
+        request.left = call.client_left
         self.calls[call.number] = call
         outcome, code = Outcome.FINISHED, ""
         try:
@@ -191,7 +191,7 @@ class App:
         sides = self._scheduler.prefix_sides
         if self.counters or sides:
             await self._count(call, sides)
-        if any(side.index is not None for side in sides):
+        if sides and any(side.index is not None for side in sides):
             prefix = body.prefix(chat)
             call.prompt_bytes = max(1, sum(map(len, prefix)))
             call.blocks = block_ids(prefix)

@@ -146,6 +146,10 @@ class Call:
             self.interruption = reason
             self.task.cancel()
 
+    def client_left(self) -> None:
+        """Stop the task that serves it: nobody waits for it any more."""
+        self.interrupt(CallError(499, "client_left", "the client left"))
+
 
 class Met:
     """The load that a request met on its prefill instance when it was sent there."""
