@@ -26,7 +26,8 @@ _KEEP_IDLE_S = 75.0
 _PROGRESS_BYTES = 1024
 _LOOK_S = 0.01
 _STATUS = {status.value: b"HTTP/1.1 %d %b\r\n" % (status, status.phrase.encode()) for status in http.HTTPStatus}
-_NOT_HTTP = b"Invalid HTTP request received."
+_HEAD_BYTES = 65536
+"""Most of a head; what comes in one read may be more."""
 
 Work = Callable[[], Coroutine[Any, Any, None]]
 BodyFault = Literal["too_large", "too_slow", "left"]
@@ -277,6 +278,8 @@ class _Connection(asyncio.Protocol):
         self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._target = b""
         self._headers: Headers = []
+        self._head_bytes = -1
+        """Of the head that is on its way, in the reads before; -1: none is."""
         self._arriving: Request | None = None
         self._serving: Request | None = None
         self._next: deque[Request] = deque()
@@ -317,7 +320,11 @@ class _Connection(asyncio.Protocol):
             _log.exception("a request could not be taken")
             self.abort()
         except httptools.HttpParserError:
-            self._misunderstood()
+            self._misunderstood(400, b"Invalid HTTP request received.")
+        if self._head_bytes >= 0:
+            self._head_bytes += len(data)
+            if self._head_bytes > _HEAD_BYTES:
+                self._misunderstood(431, b"The head of the request is too large.")
 
     def eof_received(self) -> None:
         return None
@@ -352,7 +359,7 @@ class _Connection(asyncio.Protocol):
     # -- of the parser
 
     def on_message_begin(self) -> None:
-        self._target, self._headers = b"", []
+        self._target, self._headers, self._head_bytes = b"", [], 0
 
     def on_url(self, url: bytes) -> None:
         self._target += url
@@ -361,6 +368,7 @@ class _Connection(asyncio.Protocol):
         self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
+        self._head_bytes = -1
         parser = self._parser
         is_11 = parser.get_http_version() == "1.1"
         keeps = is_11 and parser.should_keep_alive()
@@ -419,6 +427,8 @@ class _Connection(asyncio.Protocol):
         assert work is not None
         try:
             await work()
+        except Exception:
+            _log.exception("a request failed in the application")
         finally:
             request.left = None
             if request.began and not request.answered:
@@ -455,15 +465,15 @@ class _Connection(asyncio.Protocol):
         if request.whole and not request.answered:
             self._serve(request)
 
-    def _misunderstood(self) -> None:
-        """What came is no HTTP: an answer that is on its way is the last, else this is one."""
-        self._deaf = True
+    def _misunderstood(self, status: int, said: bytes) -> None:
+        """What came cannot be taken: an answer that is on its way is the last, else this is one."""
+        self._deaf, self._head_bytes = True, -1
         self._next.clear()
         if self.serves and self._arriving is None:
             self.shut()
         elif self._transport is not None:
             lines = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-            self._transport.write(_STATUS[400] + lines % len(_NOT_HTTP) + _NOT_HTTP)
+            self._transport.write(_STATUS[status] + lines % len(said) + said)
             self._transport.close()
 
     # -- for its requests and the server

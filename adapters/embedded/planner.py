@@ -34,8 +34,8 @@ HEAD = 64
 SHARE_OF_SLACK = 0.5
 """Share of the time until the next token is due that a step with prompt tokens may take.
 
-What is left is a reserve for steps that take longer than predicted. It costs its time once: a decode that has it goes on
-with one target a token, whatever the share.
+What is left is a reserve for steps that take longer than predicted. It costs its time once: a decode that has it goes
+on with one target a token, whatever the share.
 """
 LATE_TARGETS = 20.0
 """A resident that is late by more TPOT targets than this no longer slows prompts down: it will not keep its target."""

@@ -1,7 +1,6 @@
 """What an HTTP/1.1 server owes its clients, byte by byte; the gateway's own tests look at the rest."""
 
 import asyncio
-import logging
 from functools import partial
 from typing import Any
 
@@ -121,6 +120,11 @@ def test_what_is_no_http_is_answered_400_and_ends_the_connection() -> None:
     assert run(told(b"hello\r\n\r\n", Echo())).startswith(b"HTTP/1.1 400 Bad Request\r\n")
 
 
+@pytest.mark.parametrize("many", [b"a: %b\r\n" % (b"b" * 1000), b"b" * 1000], ids=["headers", "header"])
+def test_a_head_without_end_is_answered_431_and_ends_the_connection(many: bytes) -> None:
+    assert run(told(b"GET / HTTP/1.1\r\nc: d" + 70 * many, Echo())).startswith(b"HTTP/1.1 431 ")
+
+
 def test_no_http_behind_a_request_does_not_keep_it_from_its_answer() -> None:
     assert run(told(post("/slow", b"x") + b"hello\r\n\r\n", Echo())) == ok(b"x", b"connection: close")
 
@@ -146,10 +150,9 @@ def test_a_body_that_is_too_large_is_refused_once_and_the_next_request_served(ch
     assert app.faults == ["too_large"]
 
 
-def test_a_bug_is_answered_500(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.CRITICAL)
-
+def test_a_bug_is_answered_500_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert run(told(post("/bug"), Echo())).startswith(b"HTTP/1.1 500 Internal Server Error\r\n")
+    assert [record.getMessage() for record in caplog.records] == ["a request failed in the application"]
 
 
 @pytest.mark.parametrize("sent", [post("/slow", b"x"), post("/", b"x").replace(b"length: 1", b"length: 2")])
