@@ -140,6 +140,7 @@ SECTIONS = (
     ("The paper's frame", "paper_frame", paper),
     ("What errors and the share guard cost `on-time`", "robustness", robustness),
     ("A live fleet of 4 + 4 emulated instances against its simulation", "live_against_simulated", live),
+    ("The same with the whole traces", "live_whole", live),
     ("Speed", "speed", speed),
     ("A torch pair: prompts of mixed lengths, first tokens in time", "torch_attainment", torch_pair),
 )
