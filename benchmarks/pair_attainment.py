@@ -138,7 +138,7 @@ def vllm_pair(folder: Path, plane: str) -> Iterator[dict[str, Any]]:
             prefill = stack.enter_context(joined(VERSION, folder, "kv_producer", plugin=False))
         with on(DECODE_CORE):
             decode = stack.enter_context(joined(VERSION, folder, "kv_consumer", plugin=False))
-        sweep = ("--prompts", "16,64,128,256,512,1024,2048,3000", "--batches", "1,2,4,8", "--contexts", "64,512,2048")
+        sweep = ("--prompts", "16,64,128,256,512,1024,2048,3000", "--batches", "1,2,4,8", "--contexts", "64,512")
         told = ("--model", "small", "--gpu", "cpu", "--chunk-tokens", 512, "--repeats", 3)
         learn(folder, "engine", prefill.url, *told, *sweep)
         (gateway,) = free_ports(1)

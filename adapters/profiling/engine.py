@@ -145,7 +145,8 @@ class EngineProfile:
             "return_token_ids": True,
         }
         raw = json.dumps(body).encode()
-        answer = await self._pool.send(b"POST", b"/v1/completions", self._headers, raw, first_byte_s=_WAIT_S)
+        wait = {"first_byte_s": _WAIT_S, "idle_s": _WAIT_S}  # an engine says 200 before it has computed anything
+        answer = await self._pool.send(b"POST", b"/v1/completions", self._headers, raw, **wait)
         if answer.status != 200:
             told = (await answer.body()).decode(errors="replace")
             raise InputError(f"the engine answers {answer.status} to a prompt of {tokens} tokens: {told[:200]}")
