@@ -154,7 +154,7 @@ class Response:
     def resume(self) -> None:
         """Let it go on."""
         if self._connection is not None and self._connection.holds(False):
-            self.due(self._connection.loop.time())
+            self._due_s = self._connection.loop.time() + self._idle_s
 
     def fail(self, problem: Exception) -> None:
         """End it: who waits for it gets this."""
@@ -177,13 +177,14 @@ class Response:
         self._parts.append(data)
         self._buffered += len(data)
 
-    def due(self, now_s: float) -> None:
-        """Something of it is here at this time; more must come."""
-        self._due_s = now_s + self._idle_s
+    def heard(self, now_s: float) -> None:
+        """Something of it is here at this time; a head alone says nothing of when its body begins."""
+        if self._parts:
+            self._due_s = now_s + self._idle_s
 
     def is_late(self, now_s: float) -> bool:
         """Whether nothing came in time; an answer that its reader holds up is not late."""
-        return now_s > self._due_s and not self._parts
+        return now_s > self._due_s and (self._to_its_end or not self._parts)
 
     def came(self) -> None:
         """All that there was to read is here."""
@@ -288,7 +289,7 @@ class HttpPool:
 
         Args:
             lines: its headers (`header_lines`), without Host, Content-Length and Connection.
-            first_byte_s: seconds until the answer must begin.
+            first_byte_s: seconds until the body of the answer must begin.
             idle_s: seconds that may pass between two pieces of it.
 
         Raises:
@@ -395,7 +396,6 @@ class _Connection(asyncio.Protocol):
         if response is None:  # nothing was asked
             self.abort()
             return
-        response.due(self.loop.time())
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as problem:
@@ -404,6 +404,8 @@ class _Connection(asyncio.Protocol):
                 response.fail(UpstreamError("protocol", f"{self._pool.url}: {problem}"))
         if response.complete:
             self._release()
+        else:
+            response.heard(self.loop.time())
         response.came()
 
     def eof_received(self) -> None:
