@@ -42,8 +42,8 @@ from kairos.scheduler_core.strategy import parse_strategy
 
 SIDES = {"fcfs": "fcfs+late+least-requests+continuous", "on-time": "on-time+late+headroom+envelope"}
 LOAD = 0.85
-SECONDS = 30.0
-CROWD = 40
+SECONDS = 20.0
+CROWD = 30
 """Requests at once by which the rate is measured."""
 LATEST_S = 0.02
 """A generator that is later than this at p99 makes its run void."""
