@@ -111,6 +111,26 @@ def live(results: dict[str, Any]) -> str:
     return table((*head, "largest difference, points", "same outcome", "generator late, p99, ms"), rows)
 
 
+def soak(results: dict[str, Any]) -> str:
+    """What an hour of requests leaves behind."""
+    rows = [
+        (
+            *(name, f"{of['cores']:.2f}", f"{of['mb_at_a_quarter']:.0f}", f"{of['mb_at_end']:.0f}"),
+            *(f"{of['mb_per_hour']:+.1f}", f"{of['files_median']:.0f}", of["files_at_end"], of["threads_at_end"]),
+        )
+        for name, of in results["programs"].items()
+    ]
+    problems = sum(results["problems"].values())
+    left = ", ".join(f"{value:.0f} {name.replace('_', ' ')}" for name, value in results["held_at_end"].items())
+    said = (
+        f"{results['requests']:,} requests in {results['seconds']:,.0f} s, {problems} of them failed by the faults "
+        f"that the emulated engines make; sent within {1e3 * results['lag_p99_s']:.0f} ms of their time at p99. The "
+        f"gateway held at the end: {left} (kept alive, and the reader of its metrics)."
+    )
+    head = ("program", "cores", "MB after a quarter", "at the end", "MB an hour", "files", "at the end", "threads")
+    return f"{table(head, rows)}\n\n{said}"
+
+
 LIVE_METRICS = ("ttft_attainment", "tpot_attainment", "slo_attainment")
 
 
@@ -141,6 +161,7 @@ SECTIONS = (
     ("What errors and the share guard cost `on-time`", "robustness", robustness),
     ("A live fleet of 4 + 4 emulated instances against its simulation", "live_against_simulated", live),
     ("The same with the whole traces", "live_whole", live),
+    ("An hour of requests through gateway and service", "soak", soak),
     ("Speed", "speed", speed),
     ("A torch pair: prompts of mixed lengths, first tokens in time", "torch_attainment", torch_pair),
 )
