@@ -174,10 +174,16 @@ class Arms:
         return running.challenger if plays == running.schedule.challenger else self._champion
 
     def of_session(self, session: str, now_s: float) -> Arm:
-        """What serves a request of a session (its hash): with `sticky` the same for the session's life."""
+        """What serves a request of a session (its hash): with `sticky` the same for the session's life.
+
+        One that began on another data plane, or before a restart, when the challenger's share was smaller, may come to
+        the challenger here; none leaves it.
+        """
         running = self.running(now_s)
         if running is None or running.experiment.design != "sticky":
             return self.of_pool(now_s, self.pool_of(session))
+        if running.schedule.slot_at(now_s) is None:
+            return self._champion
         challenger = self._sessions.pop(session, None)
         if challenger is None:
             challenger = running.schedule.strategy_of(session, now_s) == running.schedule.challenger

@@ -89,7 +89,7 @@ class App:
         """Requests of other paths that have not ended."""
         self.draining = False
         self.divide: Callable[[Call, Headers], None] | None = None
-        """Says which half of the fleet a request belongs to, while an experiment divides it."""
+        """Says which part of the fleet a request belongs to, while an experiment divides it."""
         self._scheduler = scheduler
         self._relay = relay
         self._tokens = tokens

@@ -44,12 +44,12 @@ class Call:
         "failed_on",
         "first_token_s",
         "grant",
-        "half",
         "interruption",
         "last_token_s",
         "met",
         "number",
         "output_tokens",
+        "part",
         "path",
         "predicted_ttft_s",
         "prefill",
@@ -125,7 +125,7 @@ class Call:
         """What decided about it when it arrived."""
         self.session = ""
         """A hash of its session, while an experiment divides the fleet by sessions."""
-        self.half = 0
+        self.part = 0
         """Of the fleet, that its session goes to."""
         self.decision_us = 0.0
         self.met: Met | None = None

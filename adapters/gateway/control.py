@@ -132,7 +132,7 @@ def request_row(call: Call, outcome: Outcome, profile: Profile, model_version: s
         wait_ms=max(call.dispatch_s - call.arrival_s, 0.0) * 1e3 if call.dispatch_s else None,
         strategy=call.strategy,
         session=call.session,
-        pool=call.half if call.session else None,  # type: ignore[arg-type]  # 0 or 1
+        pool=call.part if call.session else None,  # type: ignore[arg-type]  # 0 or 1
         prefill_instance=call.prefill.instance_id if call.prefill else "",
         decode_instance=call.decode.instance_id if call.decode else "",
     )

@@ -1,7 +1,8 @@
 """The gateway's part in live experiments: whose turn it is to decide, and what came of it, slot by slot.
 
 Slots, arrivals and reports are on the control plane's clock of experiments; latencies are real seconds on any clock.
-It plays `switchback`, with the whole fleet, and `pools`, with every other instance and every other session.
+It plays `switchback`, with the whole fleet; `pools`, with every other instance and every other session; and `sticky`,
+with each arm's sessions on instances of their own, as large a share of them as of the sessions.
 """
 
 import asyncio
@@ -129,8 +130,8 @@ class Player:
 
     @property
     def divides(self) -> bool:
-        """Whether sessions belong to halves of the fleet."""
-        return self._known is not None and self._known.experiment.design == "pools"
+        """Whether sessions belong to parts of the fleet."""
+        return self._known is not None and self._known.experiment.design != "switchback"
 
     def configure(self, champion: Strategy) -> None:
         """Take another strategy until the control plane is heard."""
@@ -176,21 +177,25 @@ class Player:
         """Let those decide whose turn it is."""
         self._collect()
         now_s = self.clock.now_s()
-        running = self._arms.running(now_s)
-        if running is None or not self._plays(running):
-            self._scheduler.adopt(self._arms.champion.strategy)
-        elif running.experiment.design == "switchback":
+        running, champion = self._arms.running(now_s), self._arms.champion.strategy
+        design = None if running is None else running.experiment.design
+        if design == "switchback":
             self._scheduler.adopt(self._arms.of_pool(now_s).strategy)
-        elif self._scheduler.can_halve():
-            self._scheduler.adopt(*(self._arms.of_pool(now_s, half).strategy for half in (0, 1)))
+        elif design == "pools" and self._scheduler.can_divide():
+            self._scheduler.adopt(*(self._arms.of_pool(now_s, pool).strategy for pool in (0, 1)))
+        elif running is not None and design == "sticky" and (share := self._own_share(running, now_s)):
+            self._scheduler.adopt(champion, running.challenger.strategy, share=share)
         else:
-            self._scheduler.adopt(self._arms.champion.strategy)
+            self._scheduler.adopt(champion)
 
     def divide(self, call: Call, headers: Headers) -> None:
-        """Say which session and which half of the fleet a request belongs to; without a session it is its own."""
+        """Say which session and which part of the fleet a request belongs to; without a session it is its own."""
         told = headers.get(b"x-kairos-session", b"")
         call.session = self._arms.session_hash(told.decode("latin-1") or call.request_id)
-        call.half = self._arms.pool_of(call.session)
+        if self._known is not None and self._known.experiment.design == "sticky":
+            call.part = int(self._arms.of_session(call.session, self.at(call.arrival_s)).challenger)
+        else:
+            call.part = self._arms.pool_of(call.session)
 
     # -- what came of it
 
@@ -208,7 +213,7 @@ class Player:
         known = self._known
         if known is None or (slot := known.schedule.slot_at(self.clock.now_s())) is None:
             return
-        if self._scheduler.decider_of(instance.half).strategy.name == known.schedule.challenger:
+        if self._scheduler.decider_at(instance).strategy.name == known.schedule.challenger:
             self._slots.lost_health(slot)
 
     def at(self, monotonic_s: float) -> float:
@@ -223,13 +228,22 @@ class Player:
         self._scheduler.decided = None if self._known is None else []
         self._slots = _Slots()
 
+    def _own_share(self, running: Running, now_s: float) -> float | None:
+        """`sticky`: the share of instances that are the challenger's; None while they cannot be divided so."""
+        slot = running.schedule.slot_at(now_s)
+        if slot is None or not self._scheduler.has_share(slot.share) or not self._scheduler.can_divide(slot.share):
+            return None
+        return slot.share
+
     @staticmethod
     def _plays(running: Running) -> bool:
-        return running.experiment.design in ("switchback", "pools")
+        return running.experiment.design in ("switchback", "pools", "sticky")
 
-    def _challenger_at(self, at_s: float, half: int, known: Running) -> bool:
-        """Whether the coin gave a half of the fleet (or all of it) to the challenger."""
-        pool = half if known.experiment.design == "pools" else 0
+    def _challenger_at(self, at_s: float, part: int, known: Running) -> bool:
+        """Whether the coin gave a part of the fleet (or all of it), or a session that goes there, to the challenger."""
+        if known.experiment.design == "sticky":
+            return part == 1
+        pool = part if known.experiment.design == "pools" else 0
         return known.schedule.strategy_at(at_s, pool) == known.schedule.challenger
 
     def _place_of(self, call: Call, known: Running) -> tuple[_Side, bool] | None:
@@ -240,7 +254,7 @@ class Player:
             return None
         lengths = known.experiment.lengths
         counts = slot.start_s + lengths.burn_s <= arrived_s < slot.end_s - lengths.tail_s
-        return self._slots.side(slot, self._challenger_at(arrived_s, call.half, known)), counts
+        return self._slots.side(slot, self._challenger_at(arrived_s, call.part, known)), counts
 
     def _collect(self) -> None:
         """Add what was decided, and what failed, since the last time."""
@@ -254,7 +268,7 @@ class Player:
         for decision in decided:
             at_s = self.at(decision.at_s)
             if (slot := known.schedule.slot_at(at_s)) is not None:
-                challenger = self._challenger_at(at_s, decision.half, known)
+                challenger = self._challenger_at(at_s, decision.part, known)
                 side = self._slots.side(slot, challenger)
                 side.report.decisions += 1
                 if at_s >= slot.start_s + known.experiment.lengths.burn_s:

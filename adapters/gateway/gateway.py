@@ -268,7 +268,7 @@ class Gateway:
         yield "kairos_gateway_stalled_clients_total", "connections cut: nothing came or went", (), self.stalled
         yield "kairos_gateway_retries_total", "requests that were tried once more", (), self.relay.retries
         for name in {decider.strategy.name for decider in scheduler.deciders}:
-            text = "the strategy in force, or those of both halves of the fleet"
+            text = "the strategy in force, or those of both parts of the fleet"
             yield "kairos_gateway_strategy", text, (("strategy", name),), 1
         for policy, count in scheduler.fallbacks.items():
             text = "decisions in which a policy was replaced"

@@ -212,8 +212,7 @@ class LiveInstance:
         key: str,
     ) -> None:
         self.instance_id = instance_id
-        self.half = int(instance_id.rpartition("-")[2]) % 2
-        """Of the fleet, where an experiment divides it: every other instance of a role."""
+        self.number = int(instance_id.rpartition("-")[2])
         self.role = role
         self.group = group
         self.serves = serves

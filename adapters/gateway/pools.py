@@ -21,15 +21,15 @@ class Pool:
         serves: models that can be served from the prompt to the last token.
         engine: theirs.
         decider: decides about their requests.
-        half: of the fleet that they belong to; 0 where it is not divided.
+        part: of the fleet that they belong to; 0 where it is not divided.
     """
 
-    def __init__(self, serves: frozenset[str], mixed: bool, engine: str, decider: Decider, half: int) -> None:
+    def __init__(self, serves: frozenset[str], mixed: bool, engine: str, decider: Decider, part: int) -> None:
         self.serves = serves
         self.mixed = mixed
         self.engine = engine
         self.decider = decider
-        self.half = half
+        self.part = part
         self._shares_queue = decider.strategy.prefill_placement.name == "late"
         """Whether requests wait unbound as a rule."""
         self.instances: list[LiveInstance] = []

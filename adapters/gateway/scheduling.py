@@ -5,6 +5,7 @@ counts as load at once. Everything runs in the event loop's thread; nothing here
 """
 
 import asyncio
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Set
@@ -25,6 +26,7 @@ _TIMER_S = 0.001
 """An event loop's timers may be so much too early."""
 _SOON_S = 1
 """Retry-After where nothing better is known."""
+_HALF = 0.5
 
 
 class Decided(NamedTuple):
@@ -33,7 +35,7 @@ class Decided(NamedTuple):
     at_s: float
     took_us: float
     """All decisions about it so far."""
-    half: int
+    part: int
     strategy: str
 
 
@@ -53,7 +55,9 @@ class Scheduler:
         self._clock = clock
         self._max_waiting = max_waiting
         self.deciders = [self._decider(strategy)]
-        """One for the whole fleet, or one for each half of it."""
+        """One for the whole fleet, or one for each part of it."""
+        self._share = _HALF
+        """Of the instances of each role that are the second part, where the fleet is divided."""
         self.decided: list[Decided] | None = None
         """What was decided, for who wants to know and empties it."""
         self.instances: dict[str, LiveInstance] = {}
@@ -69,12 +73,20 @@ class Scheduler:
 
     @property
     def decider(self) -> Decider:
-        """Of the whole fleet, or of its first half."""
+        """Of the whole fleet, or of its first part."""
         return self.deciders[0]
 
-    def decider_of(self, half: int) -> Decider:
-        """What decides in a half of the fleet, or in the fleet where it is not divided."""
-        return self.deciders[half % len(self.deciders)]
+    def decider_of(self, part: int) -> Decider:
+        """What decides in a part of the fleet (0 or 1), or in the fleet where it is not divided."""
+        return self.deciders[part % len(self.deciders)]
+
+    def decider_at(self, instance: LiveInstance) -> Decider:
+        """What decides about the prompts of an instance."""
+        return self.deciders[0] if len(self.deciders) == 1 else self.deciders[self.part_of(instance)]
+
+    def part_of(self, instance: LiveInstance) -> int:
+        """The part of the fleet (0 or 1) that an instance belongs to where it is divided."""
+        return _part(instance.number, self._share)
 
     def _decider(self, strategy: Strategy) -> Decider:
         return Decider(strategy, self._guards.deferred_share, self._guards.decision_budget_s)
@@ -100,43 +112,54 @@ class Scheduler:
         """
         self._lay_out({instance.instance_id for pool in self.pools for instance in pool.instances})
 
-    def adopt(self, *strategies: Strategy) -> None:
-        """Decide from now on by another strategy, or by one in each half of the fleet; by those in force goes on.
+    def adopt(self, *strategies: Strategy, share: float = _HALF) -> None:
+        """Decide from now on by another strategy, or by one in each part of the fleet; by those in force goes on.
+
+        Args:
+            share: of the instances of each role that are the second part.
 
         Raises:
             UnknownPolicyError, ConfigError: one cannot be built; the old ones stay.
         """
         before = self.deciders
-        if [decider.strategy for decider in before] == list(strategies):
+        if [decider.strategy for decider in before] == list(strategies) and share == self._share:
             return
         as_before = before if len(before) == len(strategies) else ()
         deciders = [self._decider(strategy) for strategy in strategies]
-        for half, old in enumerate(as_before):
-            if old.strategy == strategies[half]:
-                deciders[half] = old
+        for part, old in enumerate(as_before):
+            if old.strategy == strategies[part]:
+                deciders[part] = old
         for old in before:
             if old not in deciders:
                 self._fallbacks_before += old.validity.fallbacks
-        kept = {i.instance_id for pool in self.pools if pool.decider in deciders for i in pool.instances}
-        self.deciders = deciders
+        going_on = [i for pool in self.pools if pool.decider in deciders for i in pool.instances]
+        kept = {i.instance_id for i in going_on if _part(i.number, share) == self.part_of(i)}
+        self.deciders, self._share = deciders, share
         self._lay_out(kept)
 
-    def can_halve(self) -> bool:
-        """Whether each half of the fleet serves all that the fleet does."""
-        whole, *halves = (
-            frozenset[str]().union(*(self._servable(i, divided) for i in self.instances.values() if i.half in which))
-            for divided, which in ((False, (0, 1)), (True, (0,)), (True, (1,)))
-        )
-        return bool(whole) and all(half == whole for half in halves)
+    def can_divide(self, share: float = _HALF) -> bool:
+        """Whether each part of the fleet, a share of each role and the rest, serves all that the fleet does."""
+        parts = [_part(instance.number, share) for instance in self.instances.values()]
+        whole = frozenset[str]().union(*(self._servable(i, None) for i in self.instances.values()))
+        served: list[set[str]] = [set(), set()]
+        for instance, part in zip(self.instances.values(), parts, strict=True):
+            served[part] |= self._servable(instance, share)
+        return bool(whole) and all(part == whole for part in served)
+
+    def has_share(self, share: float) -> bool:
+        """Whether exactly that share of the instances of each role would be the second part."""
+        roles = Counter(instance.role for instance in self.instances.values())
+        second = Counter(i.role for i in self.instances.values() if _part(i.number, share))
+        return all(math.isclose(second[role], share * count) for role, count in roles.items())
 
     def _lay_out(self, kept: Set[str]) -> None:
         pools: dict[tuple[int, frozenset[str], bool, str], Pool] = {}
         divided = len(self.deciders) > 1
         for instance in self.instances.values():
-            if serves := self._servable(instance, divided):
-                mixed, half = instance.role == "mixed", instance.half if divided else 0
-                key = half, serves, mixed, instance.engine
-                pool = pools.setdefault(key, Pool(serves, mixed, instance.engine, self.decider_of(half), half))
+            if serves := self._servable(instance, self._share if divided else None):
+                mixed, part = instance.role == "mixed", self.part_of(instance) if divided else 0
+                key = part, serves, mixed, instance.engine
+                pool = pools.setdefault(key, Pool(serves, mixed, instance.engine, self.decider_of(part), part))
                 pool.instances.append(instance)
         self.pools = list(pools.values())
         sides = [instance.prefill for pool in self.pools for instance in pool.instances if instance.prefill is not None]
@@ -153,16 +176,16 @@ class Scheduler:
                 _resolve(call, problem)
         self.stir()
 
-    def _servable(self, instance: LiveInstance, divided: bool) -> frozenset[str]:
-        """Models that prompts sent there can be served for, to their last token."""
+    def _servable(self, instance: LiveInstance, share: float | None) -> frozenset[str]:
+        """Models that prompts sent there can be served for, to their last token; share None: anywhere in the fleet."""
         if not instance.is_ready or instance.prefill is None:
             return frozenset()
         if instance.role == "mixed":
             return instance.serves
         decodes: set[str] = set()
         for other in self.instances.values():
-            pairs = other.handshake == instance.handshake and (not divided or other.half == instance.half)
-            if other.role == "decode" and other.is_ready and pairs:
+            together = share is None or _part(other.number, share) == _part(instance.number, share)
+            if other.role == "decode" and other.is_ready and other.handshake == instance.handshake and together:
                 decodes |= other.serves
         return instance.serves & decodes
 
@@ -174,7 +197,7 @@ class Scheduler:
         Raises:
             CallError: it is refused.
         """
-        decider = self.decider_of(call.half)
+        decider = self.decider_of(call.part)
         call.strategy = decider.strategy.name
         pool = self._pool(call)
         if len(self.waiting) >= self._max_waiting:
@@ -250,7 +273,7 @@ class Scheduler:
         side = instance.prefill
         tokens = side.tokens[call.number]
         seconds = side.end(call, self._clock())
-        self.decider_of(instance.half).prefill_ended(side.lane, seconds, tokens, [call.number])
+        self.decider_at(instance).prefill_ended(side.lane, seconds, tokens, [call.number])
         self.stir()
 
     def place_decode(self, call: Call) -> DecodeSide:
@@ -272,14 +295,14 @@ class Scheduler:
         if not able:
             raise CallError(503, "no_instance", "no decode instance answers", _SOON_S)
         if len(self.deciders) > 1:
-            able = [instance for instance in able if instance.half == call.half] or able
+            able = [instance for instance in able if self.part_of(instance) == call.part] or able
         able = [instance for instance in able if instance.instance_id not in call.failed_on] or able
         started_ns = time.perf_counter_ns()
         place = able[0]
         if len(able) > 1:
             loads = [instance.decode.load() for instance in able if instance.decode is not None]
             now_s = self._clock()
-            name = self.decider_of(call.half).place_decode(DecodePlacementView(now_s, resident_of(call, now_s), loads))
+            name = self.decider_of(call.part).place_decode(DecodePlacementView(now_s, resident_of(call, now_s), loads))
             place = self.instances[name]
         call.decision_us += (time.perf_counter_ns() - started_ns) / 1e3
         assert place.decode is not None
@@ -302,7 +325,7 @@ class Scheduler:
         """The least busy pool that can take a request."""
         able = [pool for pool in self.pools if call.model in pool.serves and call.body.engine in ("", pool.engine)]
         if len(self.deciders) > 1:
-            able = [pool for pool in able if pool.half == call.half] or able
+            able = [pool for pool in able if pool.part == call.part] or able
         if call.text.sequences > 1 and able:
             able = [pool for pool in able if pool.mixed]
             if not able:
@@ -366,8 +389,18 @@ class Scheduler:
             instance.decode.expect(call)
         call.decision_us += (time.perf_counter_ns() - started_ns) / 1e3
         if self.decided is not None:
-            self.decided.append(Decided(now_s, call.decision_us, call.half, pool.decider.strategy.name))
+            self.decided.append(Decided(now_s, call.decision_us, call.part, pool.decider.strategy.name))
         _resolve(call)
+
+
+def _part(number: int, share: float) -> int:
+    """1 for a share of all numbers, evenly spread: with a half for every other one.
+
+    >>> [_part(number, 0.25) for number in range(8)]
+    [0, 0, 0, 1, 0, 0, 0, 1]
+    """
+    before, after = (math.floor(count * share + 1e-9) for count in (number, number + 1))
+    return after - before
 
 
 def _resolve(call: Call, problem: CallError | None = None) -> None:

@@ -152,6 +152,30 @@ def test_a_session_keeps_its_arm_for_life_through_every_stage(session: str, befo
     assert arms.of_session(key, later_s) == began
 
 
+@always
+@given(session=st.text(min_size=1), before_s=times, after_s=times)
+def test_a_data_plane_that_starts_anew_never_takes_a_session_from_the_challenger(
+    session: str, before_s: float, after_s: float
+) -> None:
+    active = answer(schedule_of("sticky", stages=RAMP_UP), "sticky")
+    first_s, later_s = sorted((before_s, after_s))
+    before, after = hearing(active, now_s=first_s), hearing(active, now_s=later_s)
+    key = before.session_hash(session)
+
+    assert after.of_session(key, later_s).challenger >= before.of_session(key, first_s).challenger
+
+
+def test_outside_all_slots_no_session_gets_an_arm() -> None:
+    active = answer(schedule_of("sticky"), "sticky")
+    arms = hearing(active, now_s=-1.0)
+    keys = [arms.session_hash(f"session {n}") for n in range(100)]
+
+    before = [arms.of_session(key, -1.0).challenger for key in keys]
+
+    assert not any(before)
+    assert any(arms.of_session(key, 1.0).challenger for key in keys)
+
+
 def test_each_stage_of_sticky_gives_the_challenger_its_share_of_new_sessions() -> None:
     active = answer(schedule_of("sticky", max_hours=20.0), "sticky")
     arms, replica = hearing(active), hearing(active)

@@ -5,6 +5,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from msgspec import structs
+from service.snapshots import PROFILES, settings_of
 from simulations import fleet
 from store.live_traffic import (
     BEGIN_S,
@@ -21,8 +23,8 @@ from store.rows import request
 
 from kairos.adapters.simulator.replay import SimulatedReplay
 from kairos.scheduler_core.errors import ConflictError, FieldsError
-from kairos.scheduler_core.service.experiments.checks import check_plan
-from kairos.scheduler_core.service.experiments.design import Limits, Stage
+from kairos.scheduler_core.service.experiments.checks import check_instances, check_plan, divisible
+from kairos.scheduler_core.service.experiments.design import RAMP_UP, Limits, Stage
 from kairos.scheduler_core.service.experiments.planning import Question, plan_from
 from kairos.scheduler_core.service.experiments.record import verify
 from kairos.scheduler_core.service.store.queries import experiments as queries
@@ -306,6 +308,7 @@ def test_the_time_of_an_experiment_ends_it_undecided(store: Store) -> None:
         ({"stages": ()}, "stages"),
         ({"stages": (Stage(0.9, None),)}, "stages[0].share"),
         ({"guards": {"error rate": float("inf")}}, "guards.error rate"),
+        ({"design": "sticky", "stages": (Stage(0.5, 2), Stage(0.25, None))}, "stages[1].share"),
     ],
 )
 def test_a_plan_that_cannot_be_run_is_refused_by_its_field(changes: dict[str, Any], path: str) -> None:
@@ -313,6 +316,44 @@ def test_a_plan_that_cannot_be_run_is_refused_by_its_field(changes: dict[str, An
         check_plan(plan(**changes))
 
     assert path in [where for where, _ in raised.value.problems]
+
+
+FOUR = [{"count": 4, "profile": "even"}]
+MANY = [{"url": "dns+http://engines:8000", "profile": "even"}]
+
+
+@pytest.mark.parametrize(
+    ("prefill", "shares", "refused"),
+    [
+        (FOUR, (0.25, 0.5), []),
+        (FOUR, (0.05, 0.25, 0.4, 0.5), ["stages[0].share", "stages[2].share"]),
+        ([{"profile": "even"}], (0.5,), ["stages[0].share"]),
+        ([{"profile": "even"}, {"profile": "other"}], (0.5,), ["design"]),
+        (MANY, (0.05, 0.5), []),
+    ],
+)
+def test_the_arms_of_sticky_need_as_large_a_share_of_instances_as_of_sessions(
+    prefill: list[dict[str, Any]], shares: tuple[float, ...], refused: list[str]
+) -> None:
+    profiles = {"even": PROFILES["even"], "other": PROFILES["even"]}
+    decode = MANY if prefill is MANY else FOUR
+    fleet = settings_of(profiles=profiles, fleet={"prefill": prefill, "decode": decode}).fleet
+    stages = (*(Stage(share, 1) for share in shares[:-1]), Stage(shares[-1], None))
+    sticky = plan(design="sticky", stages=stages)
+    told: list[str] = []
+    try:
+        check_instances(sticky, fleet)
+    except FieldsError as problem:
+        told = [where for where, _ in problem.problems]
+
+    check_instances(structs.replace(sticky, shared_queue=True), fleet)
+    assert told == refused
+
+
+def test_a_ramp_up_of_sticky_leaves_out_what_the_instances_cannot_be_divided_for() -> None:
+    fleet = settings_of(fleet={"prefill": FOUR, "decode": FOUR}).fleet
+
+    assert [stage.share for stage in divisible(RAMP_UP, fleet)] == [0.25, 0.5]
 
 
 def question(**changes: Any) -> Question:

@@ -1,10 +1,12 @@
 """Whether a plan can be run as it is written: it comes from outside, by way of an operator."""
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
+from kairos.scheduler_core.config import Fleet
 from kairos.scheduler_core.errors import FieldsError
-from kairos.scheduler_core.service.experiments.design import LONGEST_BLOCK_S, Plan
+from kairos.scheduler_core.service.experiments.design import LONGEST_BLOCK_S, Plan, Stage
 from kairos.scheduler_core.service.experiments.evidence import SIGMA_FLOOR
 from kairos.scheduler_core.service.experiments.shadow import ShadowPlan
 
@@ -21,6 +23,51 @@ def check_plan(plan: Plan) -> Plan:
     if problems := [*_times(plan), *_statistics(plan), *_stages(plan)]:
         raise FieldsError(problems)
     return plan
+
+
+def check_instances(plan: Plan, fleet: Fleet) -> None:
+    """Pass a plan whose arms can have instances of their own where its design wants that (`sticky`).
+
+    In each stage as large a share of them as of the sessions, or the difference would be one of load. Not looked at:
+    roles of which only a name service knows how many instances there are.
+
+    Raises:
+        FieldsError: every stage that they cannot be divided for.
+    """
+    if plan.design != "sticky" or plan.shared_queue:
+        return
+    problems = []
+    for role in ("prefill", "decode", "mixed"):
+        if len(profiles := {group.profile for group in getattr(fleet, role)}) > 1:
+            problems.append(
+                ("design", f"{role} instances of {', '.join(sorted(profiles))} make no arms that are alike")
+            )
+    for k, stage in enumerate(plan.stages):
+        if found := _indivisible(stage.share, fleet):
+            needs = "each arm of sticky has instances of its own"
+            problems.append((f"stages[{k}].share", f"{stage.share:g} of {found} is no whole number, and {needs}"))
+    if problems:
+        raise FieldsError(problems)
+
+
+def divisible(stages: Sequence[Stage], fleet: Fleet) -> tuple[Stage, ...]:
+    """Those of a ramp-up for which both arms can have instances of their own; the last of all goes on to the end."""
+    return (*(stage for stage in stages[:-1] if not _indivisible(stage.share, fleet)), stages[-1])
+
+
+def _indivisible(share: float, fleet: Fleet) -> str:
+    """The instances of a role of which that share is no whole number; empty: there is none."""
+    groups = list(fleet.groups())
+    unknown = {role for role, _, group in groups if group.url is not None and group.url.startswith("dns+")}
+    counts = Counter[str]()
+    for role, _, group in groups:
+        if role not in unknown:
+            counts[role] += group.count
+    for name, count in counts.items():
+        own = round(share * count)
+        if not own or not math.isclose(share * count, own):
+            return f"{count} {name} instance{'s' if count > 1 else ''}"
+    return ""
 
 
 def check_shadow(plan: ShadowPlan) -> None:
@@ -81,3 +128,5 @@ def _stages(plan: Plan) -> Iterator[tuple[str, str]]:
             yield f"stages[{k}].share", f"needs above 0, {LARGEST_SHARE} at most"
         if k < len(plan.stages) - 1 and (stage.pairs is None or stage.pairs < 1):
             yield f"stages[{k}].pairs", "needs at least 1"
+        if plan.design == "sticky" and k and stage.share < plan.stages[k - 1].share:
+            yield f"stages[{k}].share", "is below that of the stage before: sessions would leave the challenger"

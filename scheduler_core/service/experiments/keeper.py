@@ -9,7 +9,7 @@ from sqlalchemy import Connection
 
 from kairos.scheduler_core.errors import ConflictError
 from kairos.scheduler_core.experiment import Clock, iso, sign
-from kairos.scheduler_core.service.experiments.checks import check_plan, check_shadow
+from kairos.scheduler_core.service.experiments.checks import check_instances, check_plan, check_shadow
 from kairos.scheduler_core.service.experiments.design import Pair, Plan, draw_schedule
 from kairos.scheduler_core.service.experiments.record import Record, record_of
 from kairos.scheduler_core.service.experiments.shadow import (
@@ -107,7 +107,10 @@ class Experiments:
             FieldsError, UnknownNameError: the plan cannot be run.
             ConflictError: one runs already, or the champion is not active.
         """
-        check_shadow(plan) if isinstance(plan, ShadowPlan) else check_plan(plan)
+        if isinstance(plan, ShadowPlan):
+            check_shadow(plan)
+        else:
+            check_instances(check_plan(plan), self.plane.settings.fleet)
         for name in (plan.champion, plan.challenger):
             self.strategies.known.named(name)
         configured = self.plane.settings.service.schedule_key

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from kairos.scheduler_core.errors import FieldsError
 from kairos.scheduler_core.experiment import iso
+from kairos.scheduler_core.service.experiments.checks import check_instances, divisible
 from kairos.scheduler_core.service.experiments.design import RAMP_UP, Plan, Stage
 from kairos.scheduler_core.service.experiments.keeper import Experiments
 from kairos.scheduler_core.service.experiments.planner import hours, price
@@ -100,7 +101,7 @@ class PlanQuestion(BaseModel):
     challengers: Annotated[int, Field(ge=1, le=100)] = 1
     """How many are tried at the same time: they share the chance of a false alarm."""
     stages: Annotated[list[StageBody] | None, Field(min_length=1, max_length=20)] = None
-    """Null: 1, 5, 25 and 50 %."""
+    """Null: 1, 5, 25 and 50 %; `sticky`: those of them for which each arm can have instances of its own."""
     shared_queue: bool = False
     """`sticky`: requests of both arms wait in one queue, so nothing but damage can be shown."""
     covariate_before_pair: bool = False
@@ -195,18 +196,23 @@ def experiments_router(experiments: Experiments, runner: Runner) -> APIRouter:
                 share=body.share,
             )
             return Planned(plan=msgspec.to_builtins(shadow), price="nothing acts", hours=0.0, warnings=warnings)
+        settings = experiments.plane.settings
+        stages = RAMP_UP if body.stages is None else tuple(Stage(s.share, s.pairs) for s in body.stages)
+        if body.stages is None and body.design == "sticky" and not body.shared_queue:
+            stages = divisible(stages, settings.fleet)
         question = Question(
             champion=known.active.strategy.name,
             challenger=challenger.strategy.name,
             seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
             fixed_at=iso(now_s),
-            decision_budget_us=experiments.plane.settings.guards.decision_budget_s * 1e6,
-            stages=RAMP_UP if body.stages is None else tuple(Stage(s.share, s.pairs) for s in body.stages),
+            decision_budget_us=settings.guards.decision_budget_s * 1e6,
+            stages=stages,
             **{name: getattr(body, name) for name in _AS_ASKED},
         )
         history = queries.read_outcomes(store, now_s - body.history_hours * 3600.0, now_s, MOST_HISTORY_ROWS)
         history = history.take((history.strategy == question.champion) | (history.strategy == ""))
         plan = plan_from(question, history, runner.ask(question.champion))
+        check_instances(plan, settings.fleet)
         return Planned(
             plan=msgspec.to_builtins(plan),
             price=price(plan),

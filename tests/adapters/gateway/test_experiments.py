@@ -4,7 +4,9 @@ The clock of experiments runs 120 times as fast as the real one; latencies are r
 """
 
 import asyncio
+import json
 import os
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -16,12 +18,16 @@ import pytest
 import yaml
 from command_line import kairos
 from dataplane.made_answers import answer, schedule_of
-from emulated import MODEL, call, run, until
-from gateways import LINEAR, behind_gateway, pair
+from emulated import MODEL, call, run, until, workers
+from gateways import LINEAR, behind_gateway, fleet_of, pair, running_gateway, settings_for
+from service.experiments.made_experiments import plan
 from serving import served
 
+from kairos.adapters.dataplane.arms import Active
 from kairos.adapters.gateway import control, experiments
 from kairos.adapters.gateway.gateway import Gateway
+from kairos.adapters.http_client import HttpPool
+from kairos.scheduler_core.service.experiments.design import Stage, draw_schedule
 from kairos.scheduler_core.service.experiments.record import Record, verify
 
 SCALE = 120.0
@@ -120,7 +126,7 @@ async def ended(service: httpx.Client, experiment: str) -> Record:
         await asyncio.sleep(0.1)
 
 
-@pytest.mark.parametrize("design", ["switchback", "pools"])
+@pytest.mark.parametrize("design", ["switchback", "pools", "sticky"])
 def test_an_experiment_runs_block_by_block_to_its_verdict(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, design: str
 ) -> None:
@@ -140,7 +146,7 @@ def test_an_experiment_runs_block_by_block_to_its_verdict(
     record, seen, last, text = run(work(), limit_s=120)
 
     a, b = "champion@1", "challenger@1"
-    assert seen >= ({(a,), (b,)} if design == "switchback" else {(a, b), (b, a)})
+    assert seen >= {"switchback": {(a,), (b,)}, "pools": {(a, b), (b, a)}, "sticky": {(a, b)}}[design]
     assert record.verdict in ("undecided", "no-difference")
     assert record.n.pairs >= 2
     assert record.n.unresolved == 0
@@ -148,6 +154,58 @@ def test_an_experiment_runs_block_by_block_to_its_verdict(
     assert verify(record) is None
     assert last == [a]
     assert 'what="pushed documents"' in text
+
+
+async def instances_of(gateway: Gateway, session: str = "") -> set[str]:
+    """The prefill and the decode instance that a request goes to."""
+    headers = ((b"x-kairos-session", session.encode()),) if session else ()
+    pool = HttpPool(gateway.server.address)
+    try:
+        told = await pool.send(b"POST", b"/v1/completions", headers, json.dumps(ASKED).encode())
+        await told.body()
+        return {told.header(b"x-kairos-%s-instance" % role).decode() for role in (b"prefill", b"decode")}
+    finally:
+        pool.close()
+
+
+def sticky_now(share: float) -> Active:
+    """An experiment that has just begun."""
+    began_s = time.time() - 10.0
+    of = plan("sticky", stages=(Stage(share, None),))
+    return answer(draw_schedule(of, 3, began_s, began_s), "sticky", key=KEY.encode())
+
+
+def test_a_session_keeps_its_arm_and_the_arms_instances_on_every_gateway_and_after_a_restart() -> None:
+    names = [f"session {n}" for n in range(100)]
+
+    async def work() -> list[list[set[str]]]:
+        went = []
+        async with workers(*(each for _ in range(4) for each in pair())) as running:
+            settings = settings_for(fleet_of(running), service={"schedule_key": KEY})
+            for _ in range(2):
+                async with running_gateway(settings) as gateway:
+                    gateway._take(sticky_now(0.25))
+                    first = [await instances_of(gateway, name) for name in names]
+                    again = [await instances_of(gateway, name) for name in names]
+                    went += [first, again, [await instances_of(gateway) for _ in names]]
+        return went
+
+    told = run(work())
+    arms = [["prefill-3" in each for each in went] for went in told]
+
+    assert arms[0] == arms[1] == arms[3] == arms[4]
+    assert all(sum(drawn) == pytest.approx(25, abs=15) for drawn in arms)
+    assert all(("prefill-3" in each) == ("decode-3" in each) for went in told for each in went)
+
+
+@pytest.mark.parametrize(("share", "parts"), [(0.5, 2), (0.25, 1)])
+def test_the_champion_decides_alone_where_an_arm_can_have_no_instances_of_its_own(share: float, parts: int) -> None:
+    async def work() -> int:
+        async with behind_gateway(*pair(), *pair(), service={"schedule_key": KEY}) as (gateway, _):
+            gateway._take(sticky_now(share))
+            return len(gateway.scheduler.deciders)
+
+    assert run(work()) == parts
 
 
 def test_a_strategy_whose_decisions_fail_is_stopped_by_a_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
