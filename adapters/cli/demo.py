@@ -1,6 +1,7 @@
 """`kairos demo`: a fleet that is measured, learned from, compared by replay and switched, on this machine alone."""
 
 import json
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -97,7 +98,7 @@ class _Demo:
         with live_fleet(self.out, workers, profile, BEFORE, self.engine) as fleet:
             self.say(f"\n2. Run a fleet of one prefill and one decode worker ({self.engine}) under {BEFORE}")
             self.say(f"   service {fleet.service_url}, gateway {fleet.gateway_url}, logs in {self.out}")
-            sent = replay.beginning(scenarios[-1], self.seconds, MOST_SENT)
+            sent = replay.beginning(scenarios[-1], math.inf if torch else self.seconds, MOST_SENT)
             if torch:
                 sent = self._for_torch(fleet, demo_torch.shortened(sent), load)
             self.say(f"   sent {len(sent)} requests of {data.trace}{mark} in {sent.arrival_s[-1]:.0f} s, load {load:g}")
