@@ -38,7 +38,7 @@ from kairos.scheduler_core.telemetry import StepRecord, StepRow, Steps
 VERSION = "0.32.0"
 SECONDS = 15.0
 LOAD = 0.95
-CROWD = 40
+CROWD = 30
 """Requests at once by which the rate is measured."""
 
 
