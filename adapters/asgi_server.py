@@ -1,7 +1,6 @@
 """An ASGI application on a port, inside a running event loop: uvicorn's protocol on httptools, with an end of ours."""
 
 import asyncio
-import socket
 import ssl
 from typing import Any
 
@@ -9,7 +8,7 @@ from uvicorn import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-_BACKLOG = 2048
+from kairos.adapters.http_server import listen
 
 
 class AsgiServer:
@@ -60,18 +59,10 @@ class AsgiServer:
         Raises:
             OSError: the port cannot be had.
         """
-        loop = asyncio.get_running_loop()
         self._config.load()
-        self._server = await loop.create_server(
-            lambda: HttpToolsProtocol(self._config, self._state, {}),
-            self.host,
-            self.port,
-            ssl=self._tls,
-            backlog=_BACKLOG,
-            reuse_address=True,
-            family=socket.AF_UNSPEC,
+        self._server, self.port = await listen(
+            lambda: HttpToolsProtocol(self._config, self._state, {}), self.host, self.port, self._tls
         )
-        self.port = self._server.sockets[0].getsockname()[1]
 
     def cut(self, client: tuple[str, int]) -> None:
         """End the connection of a client (`scope["client"]`) at once, without an answer."""

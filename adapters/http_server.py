@@ -170,6 +170,21 @@ class Request:
         self._connection.ended(self)
 
 
+async def listen(
+    connection: Callable[[], asyncio.Protocol], host: str, port: int, tls: ssl.SSLContext | None
+) -> tuple[asyncio.Server, int]:
+    """A listener that makes a connection of each that comes, and its port.
+
+    Raises:
+        OSError: the port cannot be had.
+    """
+    listener = await asyncio.get_running_loop().create_server(
+        connection, host, port, ssl=tls, backlog=_BACKLOG, reuse_address=True, family=socket.AF_UNSPEC
+    )
+    taken: int = listener.sockets[0].getsockname()[1]
+    return listener, taken
+
+
 class HttpServer:
     """One application on one port.
 
@@ -221,16 +236,7 @@ class HttpServer:
             OSError: the port cannot be had.
         """
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(
-            lambda: _Connection(self, loop),
-            self.host,
-            self.port,
-            ssl=self._tls,
-            backlog=_BACKLOG,
-            reuse_address=True,
-            family=socket.AF_UNSPEC,
-        )
-        self.port = self._listener.sockets[0].getsockname()[1]
+        self._listener, self.port = await listen(lambda: _Connection(self, loop), self.host, self.port, self._tls)
 
     def sweep(self, now_s: float) -> int:
         """End what clients keep waiting, by the limits; how many connections were cut. To be called again and again.

@@ -175,16 +175,15 @@ def switch(pair: Pair, answers: dict[str, bytes], side: str, generation: int) ->
 
 def run_pair(pair: Pair, answers: dict[str, bytes], number: int, tries: int) -> list[dict[str, Any]]:
     """A B B A at a rate that is measured first."""
-    kinds = TTFT
     seed = 800 + 10 * number
     switch(pair, answers, "fcfs", 10 * tries)
-    taken = asyncio.run(replay(pair, drawn(kinds, CROWD, 1e9, seed), seed))
+    taken = asyncio.run(replay(pair, drawn(TTFT, CROWD, 1e9, seed), seed))
     per_s = LOAD * CROWD / taken.seconds
     runs = []
     for place, side in enumerate(("fcfs", "on-time", "on-time", "fcfs")):
         switch(pair, answers, side, 10 * tries + 1 + place)
         seed = 10 * number + place // 2  # each half of a pair sends the same requests
-        asked = drawn(kinds, max(20, round(per_s * SECONDS)), per_s, seed)
+        asked = drawn(TTFT, max(20, round(per_s * SECONDS)), per_s, seed)
         seen = asyncio.run(replay(pair, asked, seed))
         lag_p50_s, lag_p99_s = map(float, np.percentile(seen.lags_s, (50, 99)))
         run = {"pair": number, "side": side, "per_s": per_s, "seconds": seen.seconds}

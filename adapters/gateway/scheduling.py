@@ -139,11 +139,10 @@ class Scheduler:
 
     def can_divide(self, share: float = _HALF) -> bool:
         """Whether each part of the fleet, a share of each role and the rest, serves all that the fleet does."""
-        parts = [_part(instance.number, share) for instance in self.instances.values()]
         whole = frozenset[str]().union(*(self._servable(i, None) for i in self.instances.values()))
         served: list[set[str]] = [set(), set()]
-        for instance, part in zip(self.instances.values(), parts, strict=True):
-            served[part] |= self._servable(instance, share)
+        for instance in self.instances.values():
+            served[_part(instance.number, share)] |= self._servable(instance, share)
         return bool(whole) and all(part == whole for part in served)
 
     def has_share(self, share: float) -> bool:
