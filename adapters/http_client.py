@@ -56,19 +56,19 @@ class Response:
     """
 
     __slots__ = (
-        "_buffered",
         "_connection",
         "_due_s",
         "_ended",
         "_idle_s",
         "_limit_bytes",
-        "_parts",
         "_sink",
         "_to_its_end",
         "_waiter",
+        "buffered",
         "complete",
         "framed",
         "headers",
+        "parts",
         "problem",
         "status",
     )
@@ -85,8 +85,10 @@ class Response:
         self._due_s = due_s
         self._idle_s = idle_s
         self._connection: _Connection | None = connection
-        self._parts: list[bytes] = []
-        self._buffered = 0
+        self.parts: list[bytes] = []
+        """Of its body: those that nobody has taken yet."""
+        self.buffered = 0
+        """Bytes of them."""
         self._limit_bytes = _BUFFER_BYTES
         self._to_its_end = False
         self._sink: Callable[[bytes, bool], None] | None = None
@@ -106,7 +108,7 @@ class Response:
 
     async def chunk(self) -> bytes:
         """What has come since; empty at the end of the body."""
-        while not self._parts:
+        while not self.parts:
             if self.complete:
                 return b""
             await self._more()
@@ -129,7 +131,7 @@ class Response:
         """
         self._sink, self._to_its_end = sink, True
         self.resume()
-        self.came()
+        self.came(asyncio.get_running_loop().time())
         while not self.complete:
             await self._more()
         if self.problem is not None:
@@ -143,7 +145,7 @@ class Response:
 
     def taken(self) -> bytes:
         """What has come since, without a wait."""
-        parts, self._parts, self._buffered = self._parts, [], 0
+        parts, self.parts, self.buffered = self.parts, [], 0
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def pause(self) -> None:
@@ -172,29 +174,28 @@ class Response:
 
     # -- for its connection
 
-    def put(self, data: bytes) -> None:
-        """A piece of the body is here."""
-        self._parts.append(data)
-        self._buffered += len(data)
-
-    def heard(self, now_s: float) -> None:
-        """Something of it is here at this time; a head alone says nothing of when its body begins."""
-        if self._parts:
-            self._due_s = now_s + self._idle_s
-
     def is_late(self, now_s: float) -> bool:
         """Whether nothing came in time; an answer that its reader holds up is not late."""
-        return now_s > self._due_s and (self._to_its_end or not self._parts)
+        return now_s > self._due_s and (self._to_its_end or not self.parts)
 
-    def came(self) -> None:
+    def came(self, now_s: float) -> None:
         """All that there was to read is here."""
         if self.complete:
             self._connection = None
-        if self._sink is not None and (self._parts or self.complete):
-            self._sink(self.taken(), self.complete)
-            if self.complete:
-                self._sink = None
-        if self._buffered > self._limit_bytes and not self.complete:
+        elif self.parts:  # a head alone says nothing of when its body begins
+            self._due_s = now_s + self._idle_s
+        if self._sink is not None:
+            if len(self.parts) == 1:
+                (data,) = self.parts
+                self.parts.clear()
+                self.buffered = 0
+                self._sink(data, self.complete)
+            elif self.parts or self.complete:
+                self._sink(self.taken(), self.complete)
+            if not self.complete:
+                return
+            self._sink = None
+        if self.buffered > self._limit_bytes and not self.complete:
             if self._to_its_end:
                 self.fail(UpstreamError("protocol", f"answer longer than {self._limit_bytes} bytes"))
             else:
@@ -202,15 +203,17 @@ class Response:
         if self.complete or not self._to_its_end or not self.status:
             self._wake()
 
-    async def _more(self) -> None:
+    def _more(self) -> asyncio.Future[None]:
+        """What to wait for: something has come, or nothing will.
+
+        Raises:
+            UpstreamError: nothing will.
+        """
         if self.problem is not None:
             raise self.problem
         assert self._connection is not None, "it was closed"
         self._waiter = self._connection.loop.create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+        return self._waiter
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -404,9 +407,7 @@ class _Connection(asyncio.Protocol):
                 response.fail(UpstreamError("protocol", f"{self._pool.url}: {problem}"))
         if response.complete:
             self._release()
-        else:
-            response.heard(self.loop.time())
-        response.came()
+        response.came(self.loop.time())
 
     def eof_received(self) -> None:
         return None
@@ -419,7 +420,7 @@ class _Connection(asyncio.Protocol):
             return
         if response.status and not response.framed:  # such a body ends with its connection
             self.on_message_complete()
-            response.came()
+            response.came(self.loop.time())
         else:
             response.fail(UpstreamError("lost", f"{self._pool.url}: the connection ended"))
 
@@ -445,8 +446,10 @@ class _Connection(asyncio.Protocol):
         response.status = status
 
     def on_body(self, body: bytes) -> None:
-        if self.response is not None:
-            self.response.put(body)
+        response = self.response
+        if response is not None:
+            response.parts.append(body)
+            response.buffered += len(body)
 
     def on_message_complete(self) -> None:
         if self.response is not None and self.response.status:

@@ -1,6 +1,7 @@
 """An HTTP/1.1 server on httptools for the data path: requests with their bodies in, bytes to the transport out.
 
-One task a request, made when its body is here. What clients owe is looked after by one sweep.
+One task a connection serves one request after the other, each when its body is here: a task for each would cost more
+than most requests do. What clients owe is looked after by one sweep.
 """
 
 import asyncio
@@ -147,10 +148,13 @@ class Request:
     def piece(self, data: bytes, last: bool = False) -> None:
         """A piece of the answer; the last may be empty."""
         if self._chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data) if data else b""
+            if data:
+                data = b"%x\r\n%b\r\n" % (len(data), data)
             if last:
                 data += b"0\r\n\r\n"
-        self._connection.write(data)
+        transport = self._connection.transport
+        if transport is not None:
+            transport.write(data)
         if last:
             self._ended()
 
@@ -279,7 +283,7 @@ class _Connection(asyncio.Protocol):
         self.is_full = False
         """More waits for its client than should."""
         self._loop = loop
-        self._transport: asyncio.Transport | None = None
+        self.transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
         self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._target = b""
@@ -288,6 +292,11 @@ class _Connection(asyncio.Protocol):
         """Of the head that is on its way, in the reads before; -1: none is."""
         self._arriving: Request | None = None
         self._serving: Request | None = None
+        self._ready: Request | None = None
+        """The same, while it waits for the task."""
+        self._task: asyncio.Task[None] | None = None
+        self._called: asyncio.Future[None] | None = None
+        """What the task waits for when there is nothing to serve."""
         self._next: deque[Request] = deque()
         """Requests that came before the one in front of them was answered."""
         self._shut = False
@@ -308,7 +317,7 @@ class _Connection(asyncio.Protocol):
     # -- of asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        self.transport = cast(asyncio.Transport, transport)
         name = transport.get_extra_info("peername")
         self.client = str(name[0]) if name else ""
         self.server.open.add(self)
@@ -346,9 +355,11 @@ class _Connection(asyncio.Protocol):
             self._serving.flow.resume()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
+        self.transport = None
         self.server.open.discard(self)
         self._next.clear()
+        self._ready = None
+        self._call()
         request = self._serving
         if request is None or request.answered:
             return
@@ -384,8 +395,8 @@ class _Connection(asyncio.Protocol):
             self._begin(request)
         else:
             self._next.append(request)
-            if self._transport is not None:
-                self._transport.pause_reading()
+            if self.transport is not None:
+                self.transport.pause_reading()
 
     def on_body(self, body: bytes) -> None:
         request = self._arriving
@@ -426,7 +437,36 @@ class _Connection(asyncio.Protocol):
         parts = request.parts
         request.body = parts[0] if len(parts) == 1 else b"".join(parts)
         request.parts = []
-        request.task = self._loop.create_task(self._work(request))
+        self._ready = request
+        if self._task is None:
+            self._task = self._loop.create_task(self._run())
+        else:
+            self._call()
+
+    def _call(self) -> None:
+        """Let the task look whether there is anything to do."""
+        if self._called is not None and not self._called.done():
+            self._called.set_result(None)
+
+    async def _run(self) -> None:
+        """Serve one request after the other; one that was cancelled is the last of this task."""
+        task = self._task
+        assert task is not None
+        try:
+            while not task.cancelling():
+                while self._ready is None:
+                    if self.transport is None:
+                        return
+                    self._called = self._loop.create_future()
+                    await self._called
+                request, self._ready = self._ready, None
+                request.task = task
+                await self._work(request)
+                del request  # it may be large, and the next one far
+        finally:
+            self._task = self._called = None
+            if self._ready is not None:
+                self._task = self._loop.create_task(self._run())
 
     async def _work(self, request: Request) -> None:
         work, request.work = request.work, None
@@ -451,21 +491,21 @@ class _Connection(asyncio.Protocol):
     def _turn_over(self, request: Request) -> None:
         """The next may come."""
         self._serving = None
-        if self._transport is None:
+        if self.transport is None:
             return
         if self._shut or not request.keeps:
-            self._transport.close()
+            self.transport.close()
             return
         self._idle, self._heard_s = True, self._loop.time()
         if self._next:
             self._loop.call_soon(self._take_next)
 
     def _take_next(self) -> None:
-        if self._transport is None or not self._next:
+        if self.transport is None or not self._next:
             return
         request = self._next.popleft()
         if not self._next:
-            self._transport.resume_reading()
+            self.transport.resume_reading()
         self._idle = False
         self._begin(request)
         if request.whole and not request.answered:
@@ -477,27 +517,27 @@ class _Connection(asyncio.Protocol):
         self._next.clear()
         if self.serves and self._arriving is None:
             self.shut()
-        elif self._transport is not None:
+        elif self.transport is not None:
             lines = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-            self._transport.write(_STATUS[status] + lines % len(said) + said)
-            self._transport.close()
+            self.transport.write(_STATUS[status] + lines % len(said) + said)
+            self.transport.close()
 
     # -- for its requests and the server
 
     def write(self, data: bytes, more: bytes = b"") -> None:
         """Send, unless nobody is there any more."""
-        if self._transport is None:
+        if self.transport is None:
             return
         if len(more) < JOINED_BYTES:
-            self._transport.write(data + more)
+            self.transport.write(data + more)
         else:
-            self._transport.writelines((data, more))
+            self.transport.writelines((data, more))
 
     def look(self, now_s: float, limits: Limits) -> bool:
         """Whether it was cut: for so long its client has not done what it must."""
-        if self._transport is None:
+        if self.transport is None:
             return False
-        waiting, request = self._transport.get_write_buffer_size(), self._serving
+        waiting, request = self.transport.get_write_buffer_size(), self._serving
         if not waiting and request is not None and not request.answered:
             self._owed = None
             late = now_s - self._heard_s > limits.idle_s or now_s - request.arrived_s > limits.body_s
@@ -507,7 +547,7 @@ class _Connection(asyncio.Protocol):
         if not waiting and self._idle:
             self._owed = None
             if now_s - self._heard_s > _KEEP_IDLE_S:
-                self._transport.close()
+                self.transport.close()
             return False
         before, since_s = self._owed or (-1, now_s)
         if not before - _PROGRESS_BYTES < waiting <= before:
@@ -522,13 +562,13 @@ class _Connection(asyncio.Protocol):
         self._shut = True
         if self._serving is not None and not self._serving.began:
             self._serving.keeps = False
-        elif not self.serves and self._transport is not None:
-            self._transport.close()
+        elif not self.serves and self.transport is not None:
+            self.transport.close()
 
     def abort(self) -> None:
         """Close at once."""
-        if self._transport is not None:
-            self._transport.abort()
+        if self.transport is not None:
+            self.transport.abort()
 
 
 def _path_of(target: bytes) -> bytes:

@@ -2,7 +2,8 @@
 
 One core runs the gateway or a peer, the other a stub engine and a closed-loop generator. CPU is what the kernel charges
 the measured process, so other work on the machine moves it little; requests per second of CPU are the throughput that
-one core could give. Modes: plain, PD with NIXL's serial handshake, PD with both legs at once (SGLang's).
+one core could give. Modes: plain, PD with NIXL's serial handshake, PD with both legs at once (SGLang's). Kairos
+predicts, decides by its policies and logs every request, to a control plane that takes what it is sent.
 
     python benchmarks/gateway.py --rounds 5 --out benchmarks/results/gateway.json
     python benchmarks/gateway.py --peers VENV      # with sglang-router and vllm-router from that environment
@@ -64,7 +65,10 @@ def whole(body: bytes, kind: bytes = b"application/json") -> bytes:
 
 
 class Stub(asyncio.Protocol):
-    """An engine that answers at once, of either dialect; `paced` streams send a token every PACE_S."""
+    """An engine that answers at once, of either dialect; `paced` streams send a token every PACE_S.
+
+    Also a control plane that takes all telemetry and has nothing to say.
+    """
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin."""
@@ -93,7 +97,11 @@ class Stub(asyncio.Protocol):
 
     def answer(self, path: bytes, body: bytes) -> None:
         """One answer."""
-        if not body:
+        if path.startswith((b"/strategies", b"/models")):
+            self.transport.write(b"HTTP/1.1 404 Not Found\r\ncontent-length: 0\r\n\r\n")
+        elif path.startswith(b"/telemetry"):
+            self.transport.write(whole(b"{}"))
+        elif not body:
             version = b'{"version":"0.32.0"}' if path == b"/version" else b'{"version":"0.5.23","data":[{"id":"tiny"}]}'
             self.transport.write(whole(version))
         elif b'"stream":true' not in body.replace(b" ", b""):
@@ -272,7 +280,8 @@ def fleet_of(mode: str, port: int) -> dict[str, Any]:
 def commands(mode: str, stub: int, port: int, peers: Path | None, folder: Path) -> dict[str, list[str]]:
     """What is measured in a mode."""
     config = folder / f"{mode}.yaml"
-    settings = {"profiles": {"p": PROFILE}, "fleet": fleet_of(mode, stub), "gateway": {"port": port}}
+    gateway = {"port": port, "control_plane": {"url": f"http://127.0.0.1:{stub}"}}
+    settings = {"profiles": {"p": PROFILE}, "fleet": fleet_of(mode, stub), "gateway": gateway}
     config.write_text(yaml.safe_dump(settings))
     program = "from kairos.adapters.cli import main; main()"
     found = {"kairos": [sys.executable, "-c", program, "gateway", "--config", str(config)]}
@@ -334,11 +343,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                             told = await load(arguments.port + 1, case, arguments.seconds, process)
                             rounds.setdefault(who, {}).setdefault(case, []).append(told)
             results[mode] = {
-                who: {
-                    case: {key: statistics.median(r[key] for r in all_) for key in all_[0]}
-                    for case, all_ in cases.items()
-                }
-                for who, cases in rounds.items()
+                who: {case: medians(found) for case, found in cases.items()} for who, cases in rounds.items()
             }
     server.close()
     return results

@@ -158,13 +158,12 @@ class App:
                 raise
             code = error.code
             outcome = _outcome_of(error, call)
-            if call.interruption is not None and call.task is not None and call.task.cancelling():
-                call.task.uncancel()
             reply.error(error)
         except BaseException:
             outcome, code = Outcome.FAILED, "bug"
             raise
         finally:
+            call.task = None  # which serves other requests now
             self._scheduler.release(call)
             del self.calls[call.number]
             self._ended(call, outcome, code)

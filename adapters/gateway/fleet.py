@@ -62,6 +62,7 @@ def instance_of(
         f"{member.role}-{number}",
         member.role,
         group,
+        settings.profiles[group.profile].as_profile(),
         frozenset(settings.served_models(group)),
         step_times_of(settings, group.profile),
         HttpPool(member.url, settings.gateway.timeouts.connect_s, tls if member.url.startswith("https") else None),

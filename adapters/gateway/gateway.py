@@ -71,8 +71,8 @@ class Gateway:
         self.control: ControlLink | None = None
         self.stalled = 0
         """Connections that were cut because their clients did nothing for too long."""
-        self._model_versions: dict[str, str] = {}
-        """Of the models that were pulled, by profile id."""
+        self._models: dict[str, NewStepTimes] = {}
+        """Those that were pulled, by profile id."""
         key = settings.service.schedule_key
         self.player = Player(
             strategy, key.get_secret_value().encode() if key else b"", self.scheduler, self.app.calls, self._report
@@ -89,8 +89,8 @@ class Gateway:
         await self.server.start()
         self._in_background(self._sweep())
         if self.settings.gateway.control_plane is not None:
-            profiles = {m.group.profile: self._profile(m.group.profile) for m in self._members.values()}
-            self.control = ControlLink(self.settings.gateway.control_plane, list(profiles.values()), self._take)
+            profiles = dict.fromkeys(instance.profile for instance in self.scheduler.instances.values())
+            self.control = ControlLink(self.settings.gateway.control_plane, list(profiles), self._take)
             self._in_background(self.player.run())
         if any(group.url and group.url.startswith("dns+") for _, _, group in self.settings.fleet.groups()):
             self._in_background(self._resolve())
@@ -141,18 +141,15 @@ class Gateway:
             self.player.hear(news)
             self.app.divide = self.player.divide if self.player.divides else None
             return
-        self._model_versions[news.profile_id] = news.version
+        self._models[news.profile_id] = news
         for instance in self.scheduler.instances.values():
-            if self._profile(instance.group.profile).profile_id == news.profile_id:
-                instance.predict_with(news.step_times)
+            if instance.profile.profile_id == news.profile_id:
+                instance.predict_with(news.step_times, news.version)
         self.scheduler.rebuild()
 
     def _report(self, experiment: str, report: SlotReport) -> None:
         if self.control is not None:
             self.control.report(experiment, report)
-
-    def _profile(self, name: str) -> Profile:
-        return self.settings.profiles[name].as_profile()
 
     # -- the fleet
 
@@ -173,6 +170,8 @@ class Gateway:
     def _new(self, member: Member) -> LiveInstance:
         number = self._numbers.get(member.role, 0)
         instance = instance_of(self.settings, member, number, self._step_times_of, self._engine_tls)
+        if (pulled := self._models.get(instance.profile.profile_id)) is not None:
+            instance.predict_with(pulled.step_times, pulled.version)
         self._numbers[member.role] = number + 1
         return instance
 
@@ -252,8 +251,7 @@ class Gateway:
         self.player.ended(call, outcome)
         if self.control is not None:
             serving = call.prefill or next((i for i in self.scheduler.instances.values() if i.prefill), None)
-            profile = self._profile(serving.group.profile) if serving else Profile("", call.model)
-            version = self._model_versions.get(profile.profile_id, "")
+            profile, version = (serving.profile, serving.model_version) if serving else (Profile("", call.model), "")
             arrived_at_s = self.player.at(call.arrival_s)
             self.control.plane.note_request(request_row(call, outcome, profile, version, arrived_at_s))
 
@@ -273,8 +271,8 @@ class Gateway:
         for policy, count in scheduler.fallbacks.items():
             text = "decisions in which a policy was replaced"
             yield "kairos_gateway_fallbacks_total", text, (("policy", policy),), count
-        for profile_id, version in self._model_versions.items():
-            labels = (("profile", profile_id), ("version", version))
+        for profile_id, pulled in self._models.items():
+            labels = (("profile", profile_id), ("version", pulled.version))
             yield "kairos_gateway_model", "the model in force, once one was pulled", labels, 1
         if self.control is not None:
             plane = self.control.plane

@@ -24,6 +24,7 @@ from kairos.scheduler_core.domain import (
     Control,
     DecodeInstance,
     PrefillInstance,
+    Profile,
     Resident,
     StepTimes,
 )
@@ -72,13 +73,12 @@ class PrefillSide:
         self.tokens: dict[int, int] = {}
         self.sum_tokens = 0
         """Of the prompts there."""
+        self.unseen: dict[int, Call] = {}
+        """Those of them whose end nobody will see; in the same order."""
+        self.free_at_s = 0.0
+        """Predicted end of all that is there, which is that of the last one sent; 0 when there is nothing."""
         self.ended_s = 0.0
         """When the last one ended."""
-
-    @property
-    def free_at_s(self) -> float:
-        """Predicted end of all that is there, which is that of the last one sent; 0 when there is nothing."""
-        return next(reversed(self.flights.values()), 0.0)
 
     @property
     def knows_prefixes(self) -> bool:
@@ -106,18 +106,20 @@ class PrefillSide:
 
     def send(self, call: Call, prefill_s: float, now_s: float) -> None:
         """Count a prompt that is sent now."""
-        self.flights[call.number] = max(self.free_at_s, now_s) + prefill_s
+        self.flights[call.number] = self.free_at_s = max(self.free_at_s, now_s) + prefill_s
         self.tokens[call.number] = call.prompt_tokens
         self.sum_tokens += call.prompt_tokens
 
-    def end(self, call: Call, now_s: float) -> float:
-        """A prompt is done or given up: the seconds that were its own."""
-        if self.flights.pop(call.number, None) is None:
-            return 0.0
-        self.sum_tokens -= self.tokens.pop(call.number)
+    def end(self, call: Call, now_s: float) -> tuple[float, int]:
+        """A prompt that is there is done or given up: the seconds that were its own, and its tokens."""
+        if self.flights.pop(call.number) == self.free_at_s:
+            self.free_at_s = next(reversed(self.flights.values()), 0.0)
+        self.unseen.pop(call.number, None)
+        tokens = self.tokens.pop(call.number)
+        self.sum_tokens -= tokens
         seconds = now_s - max(call.dispatch_s, self.ended_s)
         self.ended_s = now_s
-        return max(seconds, 0.0)
+        return max(seconds, 0.0), tokens
 
 
 class DecodeSide:
@@ -163,10 +165,10 @@ class DecodeSide:
             self.residents[call.number] = call.context_tokens
             self.sum_context_tokens += call.context_tokens
 
-    def grow(self, call: Call, tokens: int) -> None:
-        """More tokens came."""
-        if call.number in self.residents:
-            self.residents[call.number] += tokens
+    def grow(self, number: int, tokens: int) -> None:
+        """More tokens of a request came."""
+        if number in self.residents:
+            self.residents[number] += tokens
             self.sum_context_tokens += tokens
 
     def leave(self, call: Call) -> None:
@@ -206,6 +208,7 @@ class LiveInstance:
         instance_id: str,
         role: InstanceRole,
         group: Group,
+        profile: Profile,
         serves: frozenset[str],
         step_times: StepTimes,
         http: HttpPool,
@@ -215,11 +218,16 @@ class LiveInstance:
         self.number = int(instance_id.rpartition("-")[2])
         self.role = role
         self.group = group
+        self.profile = profile
+        self.model_version = ""
+        """Of the model that predicts its step times, where one was pulled."""
         self.serves = serves
         self.http = http
         self.key_header: Headers = [(b"authorization", b"Bearer " + key.encode())] if key else []
         """The key that it is told, if it wants one."""
         self.key_line = header_lines(self.key_header)
+        self.prefill_line = b"x-kairos-prefill-instance: %b\r\n" % instance_id.encode()
+        self.decode_line = b"x-kairos-decode-instance: %b\r\n" % instance_id.encode()
         self.state = State.NEW
         self.problem = ""
         """Why it gets no requests."""
@@ -236,8 +244,9 @@ class LiveInstance:
         self.prefill = _prefill_side(instance_id, group, step_times, control, http.host)
         self.decode = _decode_side(instance_id, group, step_times, control)
 
-    def predict_with(self, step_times: StepTimes) -> None:
-        """Predict with other step times from the next layout of the queues on."""
+    def predict_with(self, step_times: StepTimes, version: str) -> None:
+        """Predict with a model that was pulled from the next layout of the queues on."""
+        self.model_version = version
         if self.prefill is not None:
             self.prefill.instance = msgspec.structs.replace(self.prefill.instance, step_times=step_times)
         if self.decode is not None:

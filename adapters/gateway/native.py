@@ -98,14 +98,11 @@ class _NativeRelayed(Relayed):
     """Reads one stream, each event of which says how many tokens there are by now."""
 
     __slots__ = ("_metas",)
+    looks_at_all = True
 
     def __init__(self) -> None:
         super().__init__(keep_usage=True)
         self._metas: dict[int, _Meta] = {}
-
-    def _plain_until(self, data: bytes, at: int) -> int:
-        """Each event says how many tokens there are: none without a look."""
-        return at
 
     def _look_at(self, event: bytes) -> bool:
         content = content_of(event)

@@ -33,17 +33,21 @@ class Pool:
         self._shares_queue = decider.strategy.prefill_placement.name == "late"
         """Whether requests wait unbound as a rule."""
         self.instances: list[LiveInstance] = []
+        self.sides: list[PrefillSide] = []
+        """The same instances, as what computes prompts."""
         self.shared: dict[object, WaitingQueue] = {}
         """The unbound requests, as each group of instances that predict alike sees them."""
         self.knows_prefixes = False
         """Instances differ in the prefixes that they have."""
+        self._alike: tuple[str, ...] = ()
+        """The ids of all instances where they predict alike."""
         self.waiting_s = 0.0
         """Predicted prefill seconds of all that waits."""
 
     def open(self, kept: Set[str]) -> None:
         """Give every instance its lane; those in `kept` go on with the guard and the policy that they have."""
         decider = self.decider
-        sides = [side_of(instance) for instance in self.instances]
+        self.sides = sides = [side_of(instance) for instance in self.instances]
         self.knows_prefixes = len(sides) > 1 and any(side.knows_prefixes for side in sides)
         known = [side.lane for side in sides if side.instance.instance_id in kept]
         shared_rule = known[0].rule if known else decider.prefill_rule()
@@ -57,42 +61,45 @@ class Pool:
             side.lane = decider.prefill_lane(side.instance, rule, queue)
             if old is not None:
                 side.lane.guard = old.guard
+        if len({side.group for side in sides}) == 1:
+            self._alike = tuple(side.instance.instance_id for side in sides)
 
     # -- who waits
 
     def waiting_requests(self) -> int:
         """How many wait, bound or not."""
         shared = next(iter(self.shared.values()), ())
-        return len(shared) + sum(len(side_of(instance).lane.own) for instance in self.instances)
+        return len(shared) + sum(len(side.lane.own) for side in self.sides)
 
     def views(self, call: Call) -> Views:
         """A request as each instance sees it."""
+        if self._alike:
+            return dict.fromkeys(self._alike, waiting_of(call, self.sides[0]))
         by_group: dict[object, Waiting] = {}
         views: dict[str, Waiting] = {}
-        for instance in self.instances:
-            side = side_of(instance)
+        for side in self.sides:
             if side.group not in by_group:
                 by_group[side.group] = waiting_of(call, side)
-            views[instance.instance_id] = by_group[side.group]
+            views[side.instance.instance_id] = by_group[side.group]
         return views
 
     def add(self, views: Views, place: str | None, now_s: float) -> None:
         """Let a request wait: at the instance it was placed on, or unbound."""
         first = next(iter(views.values()))
         self.waiting_s += first.prefill_s
-        for instance in self.instances:
-            if len(self.instances) == 1 or instance.instance_id == place:
-                side_of(instance).lane.own.add(views[instance.instance_id], now_s)
+        for side in self.sides:
+            if len(self.sides) == 1 or side.instance.instance_id == place:
+                side.lane.own.add(views[side.instance.instance_id], now_s)
                 return
-        for instance in self.instances:
-            queue = self.shared[side_of(instance).group]
+        for side in self.sides:
+            queue = self.shared[side.group]
             if first.request_id not in queue:
-                queue.add(views[instance.instance_id], now_s)
+                queue.add(views[side.instance.instance_id], now_s)
 
     def take(self, number: int, started: bool) -> None:
         """Take a request out of every queue: it starts, or it left."""
         queues: Iterable[WaitingQueue] = (
-            *(side_of(instance).lane.own for instance in self.instances),
+            *(side.lane.own for side in self.sides),
             *self.shared.values(),
         )
         seconds = 0.0
@@ -111,26 +118,27 @@ class Pool:
         """
         if place is None and self.knows_prefixes:
             return None
-        able = [i for i in self.instances if place in (None, i.instance_id) and side_of(i).has_room(now_s)]
-        if len(able) < 2:
-            return able[0] if able else None
-        return min(able, key=lambda instance: side_of(instance).free_at_s)
+        found, free_at_s = None, float("inf")
+        for instance, side in zip(self.instances, self.sides, strict=True):
+            if side.free_at_s < free_at_s and place in (None, instance.instance_id) and side.has_room(now_s):
+                found, free_at_s = instance, side.free_at_s
+        return found
 
     def able(self, now_s: float, asked: Set[str] = frozenset()) -> LiveInstance | None:
         """The instance that is free first, of those that have room and something to choose from and are not `asked`."""
-        able = [
-            instance
-            for instance in self.instances
-            if (side := side_of(instance)).lane.waits() and side.has_room(now_s) and instance.instance_id not in asked
-        ]
-        return min(able, key=lambda instance: side_of(instance).free_at_s) if able else None
+        found, free_at_s = None, float("inf")
+        for instance, side in zip(self.instances, self.sides, strict=True):
+            first = side.free_at_s < free_at_s and instance.instance_id not in asked
+            if first and side.lane.waits() and side.has_room(now_s):
+                found, free_at_s = instance, side.free_at_s
+        return found
 
     def next_room_s(self, now_s: float) -> float:
         """When an instance will have room that has none yet, as predicted; inf where only an answer can tell."""
         return min(
             (
                 side.free_at_s - AHEAD_S
-                for side in map(side_of, self.instances)
+                for side in self.sides
                 if side.lane.waits() and len(side.flights) < side.limit and not side.has_room(now_s)
             ),
             default=float("inf"),
@@ -141,9 +149,8 @@ class Pool:
     def loads(self, views: Views, now_s: float) -> list[PrefillLoad]:
         """The instances, for the placement of an arriving request."""
         loads = []
-        for instance in self.instances:
-            side, request = side_of(instance), views[instance.instance_id]
-            own = side.lane.own.by_arrival
+        for side in self.sides:
+            request, own = views[side.instance.instance_id], side.lane.own.by_arrival
             loads.append(
                 PrefillLoad(
                     side.instance,
@@ -156,19 +163,17 @@ class Pool:
             )
         return loads
 
-    def peers(self, asking: LiveInstance, now_s: float) -> Sequence[Peer]:
+    def peers(self, asking: PrefillSide, now_s: float) -> Sequence[Peer]:
         """The other instances, as the asking one sees them."""
-        asking_side = side_of(asking)
-        if len(self.instances) == 1 or not len(self.shared[asking_side.group]):
+        if len(self.sides) == 1 or not len(self.shared[asking.group]):
             return ()
         peers = []
-        for instance in self.instances:
-            side = side_of(instance)
-            if instance is not asking:
+        for side in self.sides:
+            if side is not asking:
                 free_at_s = now_s if side.has_room(now_s) else max(side.free_at_s, now_s)
-                seconds = None if side.group == asking_side.group else self._seconds_on(side)
-                saved = self._saved_on(side, asking_side) if side.knows_prefixes else None
-                peers.append(Peer(instance.instance_id, free_at_s, side.lane.own.by_deadline, seconds, saved))
+                seconds = None if side.group == asking.group else self._seconds_on(side)
+                saved = self._saved_on(side, asking) if side.knows_prefixes else None
+                peers.append(Peer(side.instance.instance_id, free_at_s, side.lane.own.by_deadline, seconds, saved))
         return peers
 
     def _seconds_on(self, side: PrefillSide) -> Callable[[Waiting], float]:
@@ -195,13 +200,12 @@ class Pool:
     def predicted_ttft_s(self, views: Views, now_s: float) -> float:
         """TTFT of an arriving request behind what the policy puts before it, on its best instance."""
         best_s = float("inf")
-        for instance in self.instances:
-            side, request = side_of(instance), views[instance.instance_id]
-            lane = side.lane
+        for side in self.sides:
+            lane, request = side.lane, views[side.instance.instance_id]
             lane.own.add(request, now_s)
-            order = self.decider.prefill_order(lane, now_s, self.peers(instance, now_s))
+            order = self.decider.prefill_order(lane, now_s, self.peers(side, now_s))
             lane.own.remove(request.request_id)
-            servers = len(self.instances) if self._shares_queue else 1
+            servers = len(self.sides) if self._shares_queue else 1
             ahead_s = 0.0
             for w in order:
                 if w.request_id == request.request_id:
@@ -212,11 +216,9 @@ class Pool:
 
     def roughly_s(self, views: Views, now_s: float) -> float:
         """TTFT of an arriving request in arrival order: all that waits shared by the instances, then its own work."""
-        soonest_s = own_s = float("inf")
-        for instance in self.instances:
-            soonest_s = min(soonest_s, side_of(instance).free_at_s)
-            own_s = min(own_s, views[instance.instance_id].prefill_s)
-        return max(soonest_s - now_s, 0.0) + self.waiting_s / len(self.instances) + own_s
+        soonest_s = min([side.free_at_s for side in self.sides])
+        own_s = min([view.prefill_s for view in views.values()])
+        return max(soonest_s - now_s, 0.0) + self.waiting_s / len(self.sides) + own_s
 
 
 def side_of(instance: LiveInstance) -> PrefillSide:

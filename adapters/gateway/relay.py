@@ -28,36 +28,33 @@ _SSE = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cac
 class Reply:
     """The answer to the client; its head goes out with the first bytes."""
 
-    __slots__ = ("_call", "_request")
+    __slots__ = ("_call", "_request", "began", "piece")
 
     def __init__(self, call: Call, request: Request) -> None:
         self._call = call
         self._request = request
-
-    @property
-    def began(self) -> bool:
-        """Whether the client has anything of it."""
-        return self._request.began
+        self.piece = request.piece
+        """Sends a piece of a stream that has begun, the last one or not."""
+        self.began = False
+        """The client has the head of a stream."""
 
     def whole(self, status: int, body: bytes, lines: bytes = b"") -> None:
         """An answer in one piece."""
         self._call.answered = True
         self._request.answer(status, JSON + told(self._call) + lines, body)
 
-    def piece(self, data: bytes, last: bool, response: Response) -> None:
-        """A piece of a stream."""
-        if not self._request.began:
-            self._request.begin(200, _SSE + told(self._call), response)
-        self._call.answered = last
-        self._request.piece(data, last)
+    def begin(self, response: Response) -> None:
+        """Begin a stream that comes from an engine."""
+        self.began = True
+        self._request.begin(200, _SSE + told(self._call), response)
 
     def error(self, error: CallError) -> None:
         """An error: an answer of its own, or the event that ends a stream; nothing after the end."""
         if self._call.answered:
             return
-        if self._request.began:
+        if self.began:
             self._call.answered = True
-            self._request.piece(error_event(error), last=True)
+            self.piece(error_event(error), last=True)
             return
         retry = b"" if error.retry_after_s is None else b"retry-after: %d\r\n" % error.retry_after_s
         self.whole(error.status, error_body(error), retry)
@@ -74,9 +71,9 @@ def told(call: Call) -> bytes:
     if call.dispatch_s:
         lines += b"x-kairos-waited-s: %.6f\r\n" % (call.dispatch_s - call.arrival_s)
     if call.prefill is not None:
-        lines += b"x-kairos-prefill-instance: %b\r\n" % call.prefill.instance_id.encode()
+        lines += call.prefill.prefill_line
     if call.decode is not None:
-        lines += b"x-kairos-decode-instance: %b\r\n" % call.decode.instance_id.encode()
+        lines += call.decode.decode_line
     return lines
 
 
@@ -149,20 +146,13 @@ class Relay:
     # -- handshakes
 
     async def _alone(self, call: Call, instance: LiveInstance, reply: Reply) -> None:
-        """Both stages on one instance. Without a stream nobody sees the prompt end: as long as predicted."""
-        assert instance.prefill is not None
+        """Both stages on one instance. Without a stream nobody sees the prompt end."""
         assert instance.decode is not None
-        timer = None
         if not call.body.stream:
             call.deadline_s = NO_TARGET_S
-            wait_s = instance.prefill.flights[call.number] - time.monotonic()
-            timer = asyncio.get_running_loop().call_later(max(0.0, wait_s), self._scheduler.prefill_ended, call)
-        try:
-            response = await self._ask(call, instance, dialects.alone(call, instance))
-            await self._answer(call, response, instance, instance.decode, reply)
-        finally:
-            if timer is not None:
-                timer.cancel()
+            self._scheduler.prefill_ends_unseen(call, instance)
+        response = await self._ask(call, instance, dialects.alone(call, instance))
+        await self._answer(call, response, instance, instance.decode, reply)
 
     async def _serial(self, call: Call, prefill: LiveInstance, reply: Reply) -> None:
         body = await self._body(call, await self._ask(call, prefill, dialects.nixl_prefill(call, prefill)), prefill)
@@ -272,10 +262,10 @@ class Relay:
         def passed(data: bytes, last: bool) -> None:
             try:
                 data = relayed.feed(data)
-                if relayed.events > call.output_tokens:
+                if more := relayed.events - call.output_tokens:
                     side.last_token_s = call.last_token_s = time.monotonic()
-                    side.grow(call, relayed.events - call.output_tokens)
-                    call.output_tokens = relayed.events
+                    side.grow(call.number, more)
+                    call.output_tokens += more
                     if not call.first_token_s:
                         self._first_token(call, side)
                 ended = last and relayed.done
@@ -291,7 +281,10 @@ class Relay:
                 response.fail(problem)
             else:
                 if data or ended:
-                    reply.piece(data, ended, response)
+                    if not reply.began:
+                        reply.begin(response)
+                    call.answered = ended
+                    reply.piece(data, ended)
 
         try:
             await response.head()

@@ -242,7 +242,7 @@ class Scheduler:
             while self.waiting and (instance := pool.able(now_s := self._clock(), asked)) is not None:
                 side = side_of(instance)
                 started_ns = time.perf_counter_ns()
-                decision = pool.decider.next_prefill(side.lane, now_s, pool.peers(instance, now_s))
+                decision = pool.decider.next_prefill(side.lane, now_s, pool.peers(side, now_s))
                 if decision is None:
                     asked.add(instance.instance_id)
                 else:
@@ -262,7 +262,23 @@ class Scheduler:
 
     def _alarmed(self) -> None:
         self._alarm, self._alarm_s = None, float("inf")
+        now_s = self._clock()
+        for instance in self.instances.values():
+            unseen = {} if instance.prefill is None else instance.prefill.unseen
+            while unseen:
+                call = next(iter(unseen.values()))
+                ends_s = side_of(instance).flights[call.number]
+                if ends_s > now_s:
+                    self._stir_at(ends_s)
+                    break
+                self.prefill_ended(call)
         self.stir()
+
+    def prefill_ends_unseen(self, call: Call, instance: LiveInstance) -> None:
+        """A prompt whose end nobody will see takes as long as predicted."""
+        side = side_of(instance)
+        side.unseen[call.number] = call
+        self._stir_at(side.flights[call.number])
 
     def prefill_ended(self, call: Call) -> None:
         """A prompt is done, or given up; another may take its place."""
@@ -270,10 +286,10 @@ class Scheduler:
         if instance is None or instance.prefill is None or call.number not in instance.prefill.flights:
             return
         side = instance.prefill
-        tokens = side.tokens[call.number]
-        seconds = side.end(call, self._clock())
-        self.decider_at(instance).prefill_ended(side.lane, seconds, tokens, [call.number])
-        self.stir()
+        seconds, tokens = side.end(call, self._clock())
+        self.decider_at(instance).prefill_ended(side.lane, seconds, tokens, (call.number,))
+        if self.waiting:
+            self.stir()
 
     def place_decode(self, call: Call) -> DecodeSide:
         """The decode instance of a request, and count it there.
@@ -415,9 +431,9 @@ def _resolve(call: Call, problem: CallError | None = None) -> None:
 def _met(instance: LiveInstance) -> Met:
     side, decode = side_of(instance), instance.decode
     return Met(
-        running=len(side.flights) + (len(decode.residents) if decode else 0),
-        waiting=len(side.lane.own) + (0 if side.lane.shared is None else len(side.lane.shared)),
-        prefill_tokens_in_flight=side.sum_tokens,
-        decode_tokens_in_flight=decode.sum_context_tokens if decode else 0,
-        kv_usage_share=instance.scraped.kv_usage_share,
+        len(side.flights) + (len(decode.residents) if decode else 0),
+        len(side.lane.own) + (0 if side.lane.shared is None else len(side.lane.shared)),
+        side.sum_tokens,
+        decode.sum_context_tokens if decode else 0,
+        instance.scraped.kv_usage_share,
     )

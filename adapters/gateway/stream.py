@@ -64,6 +64,8 @@ class Relayed:
     """
 
     __slots__ = ("_keep_usage", "_rest", "done", "events", "saw_token", "usage")
+    looks_at_all = False
+    """Whether no event passes without a look."""
 
     def __init__(self, keep_usage: bool) -> None:
         self._keep_usage = keep_usage
@@ -83,14 +85,16 @@ class Relayed:
             CallError: an error event, which is not passed on.
         """
         if self._rest:
-            data = self._rest + data
+            data, self._rest = self._rest + data, b""
+        skips = self.saw_token and not self.looks_at_all
+        if skips and data.endswith(b"\n\n") and not (_USAGE in data or _ERROR in data or _DONE in data):
+            self.events += data.startswith(b"data:") + data.count(b"\n\ndata:")
+            return data
         at, out = 0, []
         while True:
-            if self.saw_token and (plain := self._plain_until(data, at)) > at:
+            skips = self.saw_token and not self.looks_at_all
+            if skips and (plain := _plain_until(data, at)) > at:
                 self.events += data.startswith(b"data:", at) + data.count(b"\n\ndata:", at, plain)
-                if at == 0 and plain == len(data):
-                    self._rest = b""
-                    return data
                 out.append(data[at:plain])
                 at = plain
             match = _EVENT_END.search(data, at)
@@ -102,17 +106,6 @@ class Relayed:
             at = match.end()
         self._rest = data[at:]
         return b"".join(out)
-
-    def _plain_until(self, data: bytes, at: int) -> int:
-        """Up to where there are whole events from `at` on that need no look: none with usage, an error or the end."""
-        special = len(data)
-        if _USAGE in data or _ERROR in data or _DONE in data:
-            marks = (data.find(mark, at) for mark in (_USAGE, _ERROR, _DONE))
-            special = min((found for found in marks if found >= 0), default=special)
-        elif data.endswith(b"\n\n"):
-            return special
-        end = data.rfind(b"\n\n", at, special)
-        return at if end < 0 else end + 2
 
     def _look_at(self, event: bytes) -> bool:
         """Take notice of an event; whether the client gets it."""
@@ -136,6 +129,14 @@ class Relayed:
             self.saw_token = True
             self.events += 1
         return True
+
+
+def _plain_until(data: bytes, at: int) -> int:
+    """Up to where there are whole events from `at` on that need no look: none with usage, an error or the end."""
+    marks = (data.find(mark, at) for mark in (_USAGE, _ERROR, _DONE))
+    special = min((found for found in marks if found >= 0), default=len(data))
+    end = data.rfind(b"\n\n", at, special)
+    return at if end < 0 else end + 2
 
 
 def content_of(event: bytes) -> bytes:

@@ -71,11 +71,12 @@ class Trust:
                     401, "invalid_api_key", "the key is missing or not known; send Authorization: Bearer KEY"
                 )
             identity = known
-        if not self._keys or self._is_proxy(client):
-            tenant = headers.get(b"x-kairos-tenant", b"")
-            if _TENANT.fullmatch(tenant):
+        is_proxy = self._is_proxy(client)
+        if is_proxy or not self._keys:
+            tenant = headers.get(b"x-kairos-tenant")
+            if tenant and _TENANT.fullmatch(tenant):
                 return Identity(tenant.decode(), self._anyone.classes)
-            if self._is_proxy(client):
+            if is_proxy:
                 return Identity(identity.tenant, self._anyone.classes)
         return identity
 
@@ -111,14 +112,14 @@ class Trust:
 
 def request_id_of(headers: Headers) -> str:
     """The id that the client gave, or a new one."""
-    given = headers.get(b"x-request-id", b"")
-    return given.decode() if _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
+    given = headers.get(b"x-request-id")
+    return given.decode() if given and _REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
 def trace_lines(headers: Headers) -> bytes:
     """W3C trace context as headers for the engines: the same trace, a new span."""
-    match = _TRACEPARENT.fullmatch(headers.get(b"traceparent", b""))
-    if match is None:
+    given = headers.get(b"traceparent")
+    if given is None or (match := _TRACEPARENT.fullmatch(given)) is None:
         return b""
     parent = b"traceparent: 00-%b-%b-%b\r\n" % (match[1], os.urandom(8).hex().encode(), match[2])
     state = headers.get(b"tracestate", b"")

@@ -13,7 +13,10 @@ LIMITS = Limits(body_bytes=100, body_s=1000.0, idle_s=1000.0)
 
 
 class Echo:
-    """Answers with the body, slowly at /slow, in pieces at /pieces; knows no /none and fails at /bug."""
+    """Answers with the body, slowly at /slow, in pieces at /pieces; knows no /none and fails at /bug.
+
+    At /interrupted it answers although it was told to stop.
+    """
 
     def __init__(self) -> None:
         self.faults: list[BodyFault] = []
@@ -32,6 +35,9 @@ class Echo:
     async def _serve(self, request: Request) -> None:
         if request.path == b"/bug":
             raise ValueError("a bug")
+        if request.path == b"/interrupted":
+            assert request.task is not None
+            request.task.cancel()
         if request.path == b"/slow":
             try:
                 await asyncio.sleep(0.05)
@@ -87,6 +93,10 @@ def ok(body: bytes, *more: bytes) -> bytes:
         (post("/", b"hello"), ok(b"hello")),
         (post("/?a=b", b"hello") + post("/slow", b"again"), ok(b"hello") + ok(b"again")),
         (post("/slow", b"1") + post("/", b"2") + post("/slow", b"3"), ok(b"1") + ok(b"2") + ok(b"3")),
+        (
+            post("/interrupted", b"1") + post("/slow", b"2") + post("/", b"3"),
+            ok(b"1") + ok(b"2") + ok(b"3"),
+        ),
         (post("/none", b"1") + post("/", b"2"), b"HTTP/1.1 404 Not Found\r\ncontent-length: 4\r\n\r\nnone" + ok(b"2")),
         (post("http://h/", b"hello"), ok(b"hello")),
         (

@@ -7,11 +7,13 @@ from typing import Any
 
 import httpx
 from command_line import kairos
-from emulated import MODEL, call, options, run, until
-from gateways import behind_gateway, pair
+from emulated import MODEL, call, options, run, until, workers
+from gateways import behind_gateway, fleet_of, pair, running_gateway, settings_for
 from serving import served
 
+from kairos.adapters.control_plane import NewStepTimes
 from kairos.adapters.gateway import control
+from kairos.scheduler_core.domain import Line, LinearStepTimes
 
 ASKED = {"model": MODEL, "prompt": "x" * 40, "max_tokens": 4, "stream": True}
 
@@ -58,3 +60,24 @@ def test_without_its_control_plane_the_gateway_goes_on_and_says_so(monkeypatch: 
     assert (status, strategy) == (200, "kairos")
     assert "kairos_gateway_control_plane_age_seconds inf" in text
     assert 'kairos_gateway_control_plane_total{what="failed exchanges"}' in text
+
+
+def test_a_model_that_was_pulled_predicts_for_an_instance_that_joins_later_too(monkeypatch: Any) -> None:
+    monkeypatch.setattr(control, "PERIOD_S", 0.05)
+    away = {"control_plane": {"url": "http://127.0.0.1:9"}}
+    times = LinearStepTimes(Line(0.1, 0.0, 0.0), Line(0.1, 0.0, 0.0))
+
+    async def work() -> list[tuple[str, bool]]:
+        async with (
+            workers(options(), options()) as running,
+            running_gateway(settings_for(fleet_of(running[:1]), away)) as gateway,
+        ):
+            (first,) = gateway.scheduler.instances.values()
+            assert gateway.control is not None
+            gateway.control.plane.news.append(NewStepTimes(times, "7", first.profile.profile_id))
+            await until(lambda: first.model_version == "7")
+            await gateway.reload(settings_for(fleet_of(running), away))
+            sides = [(i.model_version, i.prefill) for i in gateway.scheduler.instances.values()]
+            return [(version, side is not None and side.instance.step_times is times) for version, side in sides]
+
+    assert run(work()) == [("7", True)] * 2
