@@ -4,9 +4,9 @@
 
 Both engines run side by side and take turns: A B B A is a pair, A stock. One workload has long and short prompts and
 TTFT targets by length, the other two TPOT classes. The rate of a pair is a share of what the stock engine was measured
-to take just before it; the plugin's model is trained on steps that it reported itself and pulled by it. A pair
-gives one difference of attainments; the interval is Student's over the pairs. How late the generator sent its requests
-is noted too. Writes results/engine_attainment.json.
+to take just before it, its TPOT targets are multiples of the pace of that engine when full; the plugin's model is
+trained on steps that it reported itself and pulled by it. A pair gives one difference of attainments; the interval is
+Student's over the pairs. How late the generator sent its requests is noted too. Writes results/engine_attainment.json.
 """
 
 import argparse
@@ -58,14 +58,14 @@ TTFT = (
     Kind(0.85, (20, 150), (4, 12), 1.0, 1.0, "short"),
     Kind(0.15, (1500, 3000), (4, 12), 10.0, 1.0, "long"),
 )
-FULL_BATCH, FULL_CONTEXT = 8, 500
-"""The decode batch that TPOT targets are multiples of: requests, and the context tokens of each."""
+FULL_BATCH = 8
+"""Requests that an engine here runs at a time."""
 
 
-def workloads(full_step_s: float) -> dict[str, tuple[Kind, Kind]]:
-    """The workloads of a machine on which a step of the full decode batch takes so long without prompts."""
-    tight = Kind(0.5, (50, 900), (30, 60), 5.0, 2.0 * full_step_s, "tight")
-    return {"ttft": TTFT, "tpot": (tight, replace(tight, tpot_s=30 * full_step_s, slo_class="relaxed"))}
+def workloads(full_pace_s: float) -> dict[str, tuple[Kind, Kind]]:
+    """The workloads of an engine that needs so long for a token of each request when it is full, prompts included."""
+    tight = Kind(0.5, (50, 900), (30, 60), 5.0, 0.75 * full_pace_s, "tight")
+    return {"ttft": TTFT, "tpot": (tight, replace(tight, tpot_s=20 * full_pace_s, slo_class="relaxed"))}
 
 
 RESULTS = Path(__file__).parent / "results" / "engine_attainment.json"
@@ -273,28 +273,30 @@ def main() -> None:
             )
         engines = {"stock": stock.result(), "plugin": plugin.result()}
         results["model"] = learn(engines["plugin"], rows, answers)
-        a_s, b_s, c_s = results["model"]["decode"]["line"]
-        results["full_step_s"] = a_s + FULL_BATCH * (b_s + c_s * FULL_CONTEXT)
-        print(f"{len(rows)} steps: {results['model']}; a full one {1e3 * results['full_step_s']:.0f} ms", flush=True)
-        for number, (name, kinds) in enumerate(workloads(results["full_step_s"]).items()):
+        print(f"{len(rows)} steps: {results['model']}", flush=True)
+        for number, name in enumerate(workloads(1.0)):
             if told.only not in (None, name):
                 continue
             runs: list[dict[str, Any]] = []
             for pair in range(told.pairs):
-                crowd = drawn(kinds, CROWD, 1e9, 800 + 10 * pair + number)
+                crowd = drawn(workloads(1.0)[name], CROWD, 1e9, 800 + 10 * pair + number)
                 taken = asyncio.run(replay(engines["stock"], crowd, 800 + 10 * pair + number))
                 per_s = LOAD * CROWD / taken.seconds
+                full_pace_s = FULL_BATCH * taken.seconds / sum(request.output_tokens for request in crowd)
+                kinds = workloads(full_pace_s)[name]
                 for place, side in enumerate(("stock", "plugin", "plugin", "stock")):
                     seed = 10 * pair + place // 2  # each half of a pair replays the same requests
                     asked = drawn(kinds, max(20, round(per_s * SECONDS)), per_s, seed)
                     seen = asyncio.run(replay(engines[side], asked, seed))
                     lag_p50_s, lag_p99_s = map(float, np.percentile(seen.lags_s, (50, 99)))
                     run = {"pair": pair, "side": side, "per_s": per_s, "seconds": seen.seconds}
+                    run |= {"full_pace_s": full_pace_s}
                     run |= {"lag_p50_s": lag_p50_s, "lag_p99_s": lag_p99_s} | scored(asked, seen.outcomes)
                     runs.append(run)
                     paces = {k: [round(1e3 * p) for p in v] for k, v in run.items() if k.startswith("pace")}
                     print(
                         f"{name} {side:6} ttft {run['ttft']:.2f} tpot {run['tpot']:.2f}, {per_s:.2f} a second, "
+                        f"full {1e3 * full_pace_s:.0f} ms, "
                         f"{seen.seconds:.0f} s, {paces}, sent {1e3 * lag_p99_s:.0f} ms late at p99",
                         flush=True,
                     )

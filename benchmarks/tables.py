@@ -1,4 +1,4 @@
-"""docs/results.md, parts of statistics.md, deployment.md and engines.md, from the results files: no figure is typed.
+"""docs/results.md and sections of other pages, from the results files: no figure is typed.
 
 python benchmarks/tables.py
 """
@@ -139,7 +139,7 @@ def pairs(results: dict[str, Any]) -> str:
     rows, said = [], []
     for engine in sorted(results.keys() & {"vllm", "torch"}, reverse=True):
         found = results[engine]
-        for metric in ("ttft", "ttft short", "ttft long"):
+        for metric in sorted(found["differences"].keys() & {"ttft", "ttft short", "ttft long"}):
             level, d = found["attainment"][metric], found["differences"][metric]
             points = f"{d['mean']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f})"
             rows.append((engine, metric, f"{100 * level['fcfs']:.1f}", f"{100 * level['on-time']:.1f}", points))
@@ -193,8 +193,8 @@ GAINS = """vLLM {vllm} on a CPU: the same requests on stock vLLM (first come, fi
 at {load:.0f} % of the capacity that was measured just before. A pair is four runs, A B B A, and gives one difference;
 the interval is Student's over {pairs} pairs. Workload `ttft`: 85 % short prompts (20 to 150 tokens, 1 s), 15 % long
 ones (1,500 to 3,000 tokens, 10 s)."""
-TWO_PACES = """Workload `tpot`: prompts of 50 to 900 tokens and 30 to 60 of output, half of them with a TPOT target of
-twice a full decode step without prompts ({full_ms:.0f} ms), half of 30 times."""
+TWO_PACES = """Workload `tpot`, {pairs} pairs: prompts of 50 to 900 tokens and 30 to 60 of output, half of them with a
+TPOT target of 0.75 times the pace of the stock engine when it is full ({low:.0f} to {high:.0f} ms), half of 20 times."""
 COSTS = """What the plugin costs a step, in vLLM's scheduler alone: in every step one prompt starts, one request ends
 and one arrives. Processor time of the engine's thread; with 1,000 waiting the goal is 500 us, 1,200 us at p99, and
 5 % of the step of a whole engine on a CPU."""
@@ -272,9 +272,41 @@ def gains_and_costs() -> str:
     pairs = 1 + max(run["pair"] for run in attained["ttft"]["runs"])
     setup = GAINS.format(vllm=attained["vllm"], load=100 * attained["load"], pairs=pairs)
     if "tpot" in attained:
-        setup += "\n" + TWO_PACES.format(full_ms=1e3 * attained["full_step_s"])
+        runs = attained["tpot"]["runs"]
+        paces_ms = [1e3 * run["full_pace_s"] for run in runs]
+        setup += "\n" + TWO_PACES.format(pairs=1 + runs[-1]["pair"], low=min(paces_ms), high=max(paces_ms))
     parts = ("## What it gains and costs", f"{setup}\n{made_by(attained)}", gains(attained))
     return "\n\n".join((*parts, f"{COSTS}\n{made_by(overhead)}", costs(overhead)))
+
+
+RELAYED = """One core, the engine a stub; Kairos predicts, decides by its policies and logs every request. Requests and
+streams per second of CPU, medians of the rounds, in each mode: not disaggregated, both PD legs at once (SGLang's), one
+PD leg after the other (NIXL's)."""
+RELAY_FIGURES = (
+    ("requests", "whole", "requests_per_cpu_s"),
+    ("streams of 32 tokens", "stream", "requests_per_cpu_s"),
+    ("requests of 220 KB", "220 KB", "requests_per_cpu_s"),
+    ("CPU a paced token, us", "paced", "cpu_us_per_token"),
+    ("first byte, one connection, p50, us", "first byte", "first_byte_p50_us"),
+)
+
+
+def relay_costs() -> str:
+    """The section of docs/gateway.md: what the gateway costs beside its peers."""
+    results = json.loads((RESULTS / "gateway.json").read_text())
+    tables = [
+        table(
+            (mode, *beside),
+            [(what, *(f"{figures[case][key]:,.0f}" for figures in beside.values())) for what, case, key in RELAY_FIGURES],
+        )
+        for mode, beside in results["results"].items()
+    ]
+    return "\n\n".join(("## What it costs", f"{RELAYED}\n{made_by(results)}", *tables))
+
+
+def gateway_page() -> str:
+    """docs/gateway.md with that section as the results say now."""
+    return with_section(DOCS / "gateway.md", relay_costs())
 
 
 def with_section(page: Path, made: str) -> str:
@@ -336,3 +368,4 @@ if __name__ == "__main__":
     (DOCS / "statistics.md").write_text(statistics_page())
     (DOCS / "deployment.md").write_text(deployment_page())
     (DOCS / "engines.md").write_text(engines_page())
+    (DOCS / "gateway.md").write_text(gateway_page())

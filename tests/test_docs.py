@@ -78,3 +78,4 @@ def test_the_results_page_says_what_the_results_files_say() -> None:
     assert (ROOT / "docs" / "statistics.md").read_text() == tables["statistics_page"]()
     assert (ROOT / "docs" / "deployment.md").read_text() == tables["deployment_page"]()
     assert (ROOT / "docs" / "engines.md").read_text() == tables["engines_page"]()
+    assert (ROOT / "docs" / "gateway.md").read_text() == tables["gateway_page"]()

@@ -251,7 +251,7 @@ class Scheduler:
                 self._stir_at(pool.next_room_s(now_s))
 
     def _stir_at(self, at_s: float) -> None:
-        """Stir again at a time, if not before."""
+        """Look again at a time, if not before."""
         if at_s >= self._alarm_s:
             return
         if self._alarm is not None:
@@ -262,20 +262,23 @@ class Scheduler:
 
     def _alarmed(self) -> None:
         self._alarm, self._alarm_s = None, float("inf")
-        now_s = self._clock()
         for instance in self.instances.values():
-            unseen = {} if instance.prefill is None else instance.prefill.unseen
-            while unseen:
-                call = next(iter(unseen.values()))
-                ends_s = side_of(instance).flights[call.number]
-                if ends_s > now_s:
-                    self._stir_at(ends_s)
-                    break
-                self.prefill_ended(call)
+            if instance.prefill is not None:
+                self._end_unseen(instance.prefill)
         self.stir()
 
+    def _end_unseen(self, side: PrefillSide) -> None:
+        """Take those for done whose end nobody sees and is past, as predicted."""
+        now_s = self._clock()
+        while side.unseen:
+            call = next(iter(side.unseen.values()))
+            if (ends_s := side.flights[call.number]) > now_s:
+                self._stir_at(ends_s)
+                return
+            self.prefill_ended(call)
+
     def prefill_ends_unseen(self, call: Call, instance: LiveInstance) -> None:
-        """A prompt whose end nobody will see takes as long as predicted."""
+        """Nobody will see the prompt of a request end: it takes as long as predicted."""
         side = side_of(instance)
         side.unseen[call.number] = call
         self._stir_at(side.flights[call.number])

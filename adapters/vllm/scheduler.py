@@ -455,9 +455,10 @@ def profile_of(config: Any) -> Profile:
 def limits_of(engine: Any) -> Limits:
     """What this vLLM can do at all."""
     block = engine.block_size
+    whole_blocks = getattr(engine, "need_mamba_block_aligned_split", False)
     return Limits(
         step_tokens=engine.max_num_scheduled_tokens,
-        least_prompt_tokens=max(LEAST_PROMPT_TOKENS, block),
+        least_prompt_tokens=max(LEAST_PROMPT_TOKENS, block) if whole_blocks else LEAST_PROMPT_TOKENS,
         batch_requests=engine.max_num_running_reqs,
         kv_tokens=engine.kv_cache_config.num_blocks * block,
         chunks=engine.scheduler_config.enable_chunked_prefill,
