@@ -297,7 +297,10 @@ def relay_costs() -> str:
     tables = [
         table(
             (mode, *beside),
-            [(what, *(f"{figures[case][key]:,.0f}" for figures in beside.values())) for what, case, key in RELAY_FIGURES],
+            [
+                (what, *(f"{figures[case][key]:,.0f}" for figures in beside.values()))
+                for what, case, key in RELAY_FIGURES
+            ],
         )
         for mode, beside in results["results"].items()
     ]

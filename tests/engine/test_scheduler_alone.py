@@ -115,6 +115,7 @@ def test_prompt_tokens_beside_decodes_follow_their_slack(seen: dict[str, Any]) -
 def test_tight_requests_keep_their_pace_near_capacity_at_the_cost_of_nobody(seen: dict[str, Any]) -> None:
     assert seen["two_paces_stock"]["tight"] < 0.5
     assert seen["two_paces"] == {"ended": True, "tight": 1.0, "relaxed": 1.0, "ttft": 1.0}
+    assert seen["two_paces_large_blocks"] == seen["two_paces"]
 
 
 def test_relaxed_requests_sit_out_steps_that_the_tight_ones_need_short(seen: dict[str, Any]) -> None:

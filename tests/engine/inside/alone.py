@@ -80,8 +80,10 @@ class Clock(SimpleNamespace):
 real_time = plugin.time
 
 
-def scheduler(cls: type, budget: int = 512, blocks: int = 4000, seqs: int = 16, in_flight: bool = True):
-    """A scheduler of that class on an engine with `blocks` of KV."""
+def scheduler(
+    cls: type, budget: int = 512, blocks: int = 4000, seqs: int = 16, in_flight: bool = True, block: int = BLOCK
+):
+    """A scheduler of that class on an engine with `blocks` of KV, `block` tokens each."""
     scheduling = SchedulerConfig(
         max_num_seqs=seqs,
         max_num_batched_tokens=budget,
@@ -90,19 +92,19 @@ def scheduler(cls: type, budget: int = 512, blocks: int = 4000, seqs: int = 16, 
         is_encoder_decoder=False,
         async_scheduling=in_flight,
     )
-    cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=False)
+    cache = CacheConfig(block_size=block, enable_prefix_caching=False)
     config = VllmConfig(
         model_config=model, scheduler_config=scheduling, cache_config=cache, device_config=DeviceConfig("cpu")
     )
     cache.num_gpu_blocks = blocks
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=16, dtype=torch.float16)
+    spec = FullAttentionSpec(block_size=block, num_kv_heads=1, head_size=16, dtype=torch.float16)
     kv = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["l"], spec)])
     return cls(
         vllm_config=config,
         kv_cache_config=kv,
         structured_output_manager=StructuredOutputManager(config),
-        block_size=BLOCK,
-        hash_block_size=BLOCK,
+        block_size=block,
+        hash_block_size=block,
         log_stats=True,
     )
 
@@ -367,10 +369,10 @@ def slack(tpot_s: float) -> dict[str, object]:
     return {"chunks": chunks, "decoding": decoding, "tpot_s": max(tpot), "counts": loop.counts()}
 
 
-def two_paces(cls: type) -> dict[str, float]:
+def two_paces(cls: type, block: int = BLOCK) -> dict[str, float]:
     """Two TPOT classes near capacity, the tight one at 1.5 times a full decode step: shares in time."""
     settings()
-    loop, chance = Loop(cls, seqs=8), random.Random(5)
+    loop, chance = Loop(cls, seqs=8, block=block), random.Random(5)
     arrivals = [loop.clock.now_s]
     for _ in range(299):
         arrivals.append(arrivals[-1] + chance.expovariate(9.0))
@@ -487,6 +489,7 @@ SCENARIOS = {
     "slack_loose": lambda: slack(0.1),
     "slack_none": lambda: slack(1e6),
     "two_paces": lambda: two_paces(Scheduler),
+    "two_paces_large_blocks": lambda: two_paces(Scheduler, block=128),
     "two_paces_stock": lambda: two_paces(AsyncScheduler),
     "participation": participation,
     "no_room": no_room,
