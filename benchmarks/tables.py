@@ -194,7 +194,8 @@ at {load:.0f} % of the capacity that was measured just before. A pair is four ru
 the interval is Student's over {pairs} pairs. Workload `ttft`: 85 % short prompts (20 to 150 tokens, 1 s), 15 % long
 ones (1,500 to 3,000 tokens, 10 s)."""
 TWO_PACES = """Workload `tpot`, {pairs} pairs: prompts of 50 to 900 tokens and 30 to 60 of output, half of them with a
-TPOT target of 0.75 times the pace of the stock engine when it is full ({low:.0f} to {high:.0f} ms), half of 20 times."""
+TPOT target of 0.75 times the pace of the stock engine when it is full ({low:.0f} to {high:.0f} ms), half with one of
+20 times."""
 COSTS = """What the plugin costs a step, in vLLM's scheduler alone: in every step one prompt starts, one request ends
 and one arrives. Processor time of the engine's thread; with 1,000 waiting the goal is 500 us, 1,200 us at p99, and
 5 % of the step of a whole engine on a CPU."""
