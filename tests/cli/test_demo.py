@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -136,6 +137,15 @@ def test_nothing_is_left_running(shown: Shown) -> None:
     assert [port for port in ports(shown.out / "live.yaml") if listens(port)] == []
 
 
+@pytest.fixture
+def heeding_ctrl_c() -> Iterator[None]:
+    """Programs that are started heed SIGINT, also where the tests are a shell's background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_ctrl_c")
 def test_ctrl_c_ends_everything_that_the_demo_has_started(tmp_path: Path) -> None:
     with_data(tmp_path)
     command = [sys.executable, "-c", "from kairos.adapters.cli import main; main()", "demo", "--out", "out"]
