@@ -224,7 +224,7 @@ async def through(prefill: Engine, decode: Engine, asked: Sequence[Asked]) -> li
 def test_a_prefill_and_a_decode_engine_give_the_tokens_of_one(tmp_path: Path) -> None:
     version, lengths = VERSIONS[-1], (100, 40, 300, 60) * 5 + (700, 2000) * 2  # short ones come faster than they decode
     targets = {"kairos_tpot_s": 0.016}  # four at once keep it
-    asked = [Asked(prompt_of(tokens, 500 + n), 200, targets, None) for n, tokens in enumerate(lengths)]
+    asked = [Asked(prompt_of(tokens, 500 + n), 130, targets, None) for n, tokens in enumerate(lengths)]
     with serve(version, tmp_path, plugin=False, name="one") as one:
         expected = run(all_of(one, asked, leave=False))
 
