@@ -185,12 +185,7 @@ class Response:
         elif self.parts:  # a head alone says nothing of when its body begins
             self._due_s = now_s + self._idle_s
         if self._sink is not None:
-            if len(self.parts) == 1:
-                (data,) = self.parts
-                self.parts.clear()
-                self.buffered = 0
-                self._sink(data, self.complete)
-            elif self.parts or self.complete:
+            if self.parts or self.complete:
                 self._sink(self.taken(), self.complete)
             if not self.complete:
                 return
