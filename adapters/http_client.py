@@ -21,6 +21,8 @@ _WHOLE_BYTES = 64 * 2**20
 """A longer answer is none."""
 JOINED_BYTES = 16 * 1024
 """Bodies below are copied behind their head."""
+_LONGEST_CHUNK_BYTES = 4096
+"""Longer ones are not passed on in their framing."""
 _KEEP_IDLE_S = 3.0
 """Below the five seconds after which uvicorn, and so vLLM and SGLang, close an idle connection."""
 
@@ -49,6 +51,23 @@ def header_lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     return b"".join([b"%b: %b\r\n" % pair for pair in headers])
 
 
+def _size_lines(longest: int) -> list[bytes]:
+    """The first line of a chunk, by the bytes of line, content and end together; where none has so many, no line.
+
+    >>> _size_lines(21)[5:7], _size_lines(21)[20:]
+    ([b'\\n', b'1\\r\\n'], [b'f\\r\\n', b'\\n'])
+    """
+    lines = [b"\n"] * (longest + 1)
+    for content in range(1, longest):
+        line = b"%x\r\n" % content
+        if (whole := len(line) + content + 2) <= longest:
+            lines[whole] = line
+    return lines
+
+
+_SIZE_LINES = _size_lines(_LONGEST_CHUNK_BYTES)
+
+
 class Response:
     """The answer to one request, as it comes. Close it unless it was read to its end.
 
@@ -65,9 +84,11 @@ class Response:
         "_to_its_end",
         "_waiter",
         "buffered",
+        "chunks",
         "complete",
         "framed",
         "headers",
+        "heard",
         "parts",
         "problem",
         "status",
@@ -83,6 +104,8 @@ class Response:
         self.problem: Exception | None = None
         """Why it will not come whole."""
         self._due_s = due_s
+        self.heard = False
+        """More came since `_due_s` was set."""
         self._idle_s = idle_s
         self._connection: _Connection | None = connection
         self.parts: list[bytes] = []
@@ -92,6 +115,8 @@ class Response:
         self._limit_bytes = _BUFFER_BYTES
         self._to_its_end = False
         self._sink: Callable[[bytes, bool], None] | None = None
+        self.chunks: Callable[[bytes, int], bool] | None = None
+        """Takes chunks as they are framed."""
         self._ended: Callable[[], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -123,15 +148,19 @@ class Response:
             await self._more()
         return self.taken()
 
-    async def pipe(self, sink: Callable[[bytes, bool], None]) -> None:
+    async def pipe(
+        self, sink: Callable[[bytes, bool], None], chunks: Callable[[bytes, int], bool] | None = None
+    ) -> None:
         """Give the body to `sink`, each piece as soon as it is here and without a task in between.
 
         Args:
             sink: told a piece and whether it is the last, which may be empty. It does not raise: it may `fail` this.
+            chunks: told a chunk that comes by itself, framed as it came, and where its content starts; `sink` gets
+                those that it does not take (False).
         """
-        self._sink, self._to_its_end = sink, True
+        self._sink, self.chunks, self._to_its_end = sink, chunks, True
         self.resume()
-        self.came(asyncio.get_running_loop().time())
+        self.came()
         while not self.complete:
             await self._more()
         if self.problem is not None:
@@ -151,7 +180,7 @@ class Response:
     def pause(self) -> None:
         """Let nothing more come for now; that is not late then."""
         if self._connection is not None and self._connection.holds(True):
-            self._due_s = float("inf")
+            self.heard, self._due_s = False, float("inf")
 
     def resume(self) -> None:
         """Let it go on."""
@@ -167,7 +196,7 @@ class Response:
 
     def close(self) -> None:
         """Give it up; the server sees the connection end."""
-        connection, self._connection, self._sink = self._connection, None, None
+        connection, self._connection, self._sink, self.chunks = self._connection, None, None, None
         if connection is not None:
             connection.response = None
             connection.abort()
@@ -176,14 +205,16 @@ class Response:
 
     def is_late(self, now_s: float) -> bool:
         """Whether nothing came in time; an answer that its reader holds up is not late."""
+        if self.heard:
+            self.heard, self._due_s = False, now_s + self._idle_s
         return now_s > self._due_s and (self._to_its_end or not self.parts)
 
-    def came(self, now_s: float) -> None:
+    def came(self) -> None:
         """All that there was to read is here."""
         if self.complete:
             self._connection = None
         elif self.parts:  # a head alone says nothing of when its body begins
-            self._due_s = now_s + self._idle_s
+            self.heard = True
         if self._sink is not None:
             if self.parts or self.complete:
                 self._sink(self.taken(), self.complete)
@@ -378,6 +409,8 @@ class _Connection(asyncio.Protocol):
         self._held = False
         self._keeps = False
         self._given_up = False
+        self._between_chunks = False
+        """Nothing of the next chunk was fed to the parser."""
         self._parser = httptools.HttpResponseParser(self)
 
     # -- of asyncio
@@ -394,15 +427,22 @@ class _Connection(asyncio.Protocol):
         if response is None:  # nothing was asked
             self.abort()
             return
+        if self._between_chunks and response.chunks is not None and (size := len(data)) <= _LONGEST_CHUNK_BYTES:
+            line = _SIZE_LINES[size]
+            if data.startswith(line) and data.endswith(b"\r\n") and response.chunks(data, len(line)):
+                response.heard = True
+                return
         try:
             self._parser.feed_data(data)
+            if self._between_chunks and not data.endswith(b"\r\n"):  # a part of a chunk's first line
+                self._between_chunks = False
         except httptools.HttpParserError as problem:
             self._keeps = False
             if not response.complete:
                 response.fail(UpstreamError("protocol", f"{self._pool.url}: {problem}"))
         if response.complete:
             self._release()
-        response.came(self.loop.time())
+        response.came()
 
     def eof_received(self) -> None:
         return None
@@ -415,7 +455,7 @@ class _Connection(asyncio.Protocol):
             return
         if response.status and not response.framed:  # such a body ends with its connection
             self.on_message_complete()
-            response.came(self.loop.time())
+            response.came()
         else:
             response.fail(UpstreamError("lost", f"{self._pool.url}: the connection ended"))
 
@@ -446,7 +486,14 @@ class _Connection(asyncio.Protocol):
             response.parts.append(body)
             response.buffered += len(body)
 
+    def on_chunk_header(self) -> None:
+        self._between_chunks = False
+
+    def on_chunk_complete(self) -> None:
+        self._between_chunks = True
+
     def on_message_complete(self) -> None:
+        self._between_chunks = False
         if self.response is not None and self.response.status:
             self.response.complete = True
             self.response = None

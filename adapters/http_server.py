@@ -156,6 +156,15 @@ class Request:
         if last:
             self._ended()
 
+    @property
+    def is_chunked(self) -> bool:
+        """Whether the pieces of its answer are chunks."""
+        return self._chunked
+
+    def chunk(self, framed: bytes) -> None:
+        """A piece of an answer that is chunked, in its framing."""
+        self._connection.write(framed)
+
     def break_off(self) -> None:
         """Let the client see that there should be more: its connection ends."""
         self.answered = True

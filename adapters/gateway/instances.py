@@ -1,5 +1,6 @@
 """The engines behind the gateway: where they are, whether they answer, and what the gateway has running on them."""
 
+import time
 from collections import Counter
 from enum import StrEnum
 
@@ -165,10 +166,12 @@ class DecodeSide:
             self.residents[call.number] = call.context_tokens
             self.sum_context_tokens += call.context_tokens
 
-    def grow(self, number: int, tokens: int) -> None:
+    def produced(self, call: Call, tokens: int) -> None:
         """More tokens of a request came."""
-        if number in self.residents:
-            self.residents[number] += tokens
+        self.last_token_s = call.last_token_s = time.monotonic()
+        call.output_tokens += tokens
+        if call.number in self.residents:
+            self.residents[call.number] += tokens
             self.sum_context_tokens += tokens
 
     def leave(self, call: Call) -> None:

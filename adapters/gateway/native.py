@@ -98,7 +98,6 @@ class _NativeRelayed(Relayed):
     """Reads one stream, each event of which says how many tokens there are by now."""
 
     __slots__ = ("_metas",)
-    looks_at_all = True
 
     def __init__(self) -> None:
         super().__init__(keep_usage=True)
@@ -118,7 +117,6 @@ class _NativeRelayed(Relayed):
         self._metas[piece.index] = piece.meta_info
         self.usage = _usage(list(self._metas.values()))
         self.events = self.usage.completion_tokens or 0
-        self.saw_token = self.events > 0
         return True
 
 

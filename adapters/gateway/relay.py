@@ -28,13 +28,16 @@ _SSE = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-cac
 class Reply:
     """The answer to the client; its head goes out with the first bytes."""
 
-    __slots__ = ("_call", "_request", "began", "piece")
+    __slots__ = ("_call", "_request", "began", "chunk", "is_chunked", "piece")
 
     def __init__(self, call: Call, request: Request) -> None:
         self._call = call
         self._request = request
         self.piece = request.piece
         """Sends a piece of a stream that has begun, the last one or not."""
+        self.chunk = request.chunk
+        """Sends one that is framed as a chunk, where those of this answer are (`is_chunked`)."""
+        self.is_chunked = request.is_chunked
         self.began = False
         """The client has the head of a stream."""
 
@@ -263,9 +266,7 @@ class Relay:
             try:
                 data = relayed.feed(data)
                 if more := relayed.events - call.output_tokens:
-                    side.last_token_s = call.last_token_s = time.monotonic()
-                    side.grow(call.number, more)
-                    call.output_tokens += more
+                    side.produced(call, more)
                     if not call.first_token_s:
                         self._first_token(call, side)
                 ended = last and relayed.done
@@ -286,11 +287,18 @@ class Relay:
                     call.answered = ended
                     reply.piece(data, ended)
 
+        def passed_chunk(framed: bytes, start: int) -> bool:
+            if not relayed.passes(framed, start):
+                return False
+            side.produced(call, 1)
+            reply.chunk(framed)
+            return True
+
         try:
             await response.head()
             if response.status != 200:
                 await self._body(call, response, instance)
-            await response.pipe(passed)
+            await response.pipe(passed, passed_chunk if reply.is_chunked else None)
         except UpstreamError as problem:
             self._failed(call, instance, problem)
             raise

@@ -12,6 +12,7 @@ from kairos.adapters.gateway.errors import CallError
 
 _EVENT_END = re.compile(rb"\r?\n\r?\n")
 _USAGE, _ERROR, _DONE = b'"usage":{', b'{"error"', b"[DONE]"
+_OBJECT = b"data: {"
 _TOKEN_FIELDS = ("content", "reasoning_content", "reasoning", "tool_calls", "function_call", "refusal")
 
 
@@ -63,15 +64,13 @@ class Relayed:
         keep_usage: whether the client asked for the usage event; if not it is taken out.
     """
 
-    __slots__ = ("_keep_usage", "_rest", "done", "events", "saw_token", "usage")
-    looks_at_all = False
-    """Whether no event passes without a look."""
+    __slots__ = ("_keep_usage", "_rest", "_skips", "done", "events", "usage")
 
     def __init__(self, keep_usage: bool) -> None:
         self._keep_usage = keep_usage
         self._rest = b""
-        self.saw_token = False
-        """A first token has passed: content, reasoning or a tool call."""
+        self._skips = False
+        """Events may pass without a look: a first token has passed, which is content, reasoning or a tool call."""
         self.events = 0
         """Events with choices since the first token, that one included."""
         self.usage: Usage | None = None
@@ -86,14 +85,12 @@ class Relayed:
         """
         if self._rest:
             data, self._rest = self._rest + data, b""
-        skips = self.saw_token and not self.looks_at_all
-        if skips and data.endswith(b"\n\n") and not (_USAGE in data or _ERROR in data or _DONE in data):
+        if self._skips and data.endswith(b"\n\n") and not (_USAGE in data or _ERROR in data or _DONE in data):
             self.events += data.startswith(b"data:") + data.count(b"\n\ndata:")
             return data
         at, out = 0, []
         while True:
-            skips = self.saw_token and not self.looks_at_all
-            if skips and (plain := _plain_until(data, at)) > at:
+            if self._skips and (plain := _plain_until(data, at)) > at:
                 self.events += data.startswith(b"data:", at) + data.count(b"\n\ndata:", at, plain)
                 out.append(data[at:plain])
                 at = plain
@@ -106,6 +103,22 @@ class Relayed:
             at = match.end()
         self._rest = data[at:]
         return b"".join(out)
+
+    def passes(self, framed: bytes, start: int) -> bool:
+        """Whether a chunk, whose content starts there, is one event that may go to the client as it is.
+
+        It is counted then. `feed` would come to the same, for more.
+        """
+        plain = (
+            self._skips
+            and not self._rest
+            and framed.startswith(_OBJECT, start)
+            and framed.find(b"\n\n", start) == len(framed) - 4
+            and framed.find(_USAGE) < 0
+            and framed.find(_ERROR) < 0
+        )
+        self.events += plain
+        return plain
 
     def _look_at(self, event: bytes) -> bool:
         """Take notice of an event; whether the client gets it."""
@@ -125,8 +138,8 @@ class Relayed:
             self.usage = chunk.usage
         if not chunk.choices:
             return chunk.usage is None or self._keep_usage
-        if self.saw_token or any(map(_has_token, chunk.choices)):
-            self.saw_token = True
+        if self._skips or any(map(_has_token, chunk.choices)):
+            self._skips = True
             self.events += 1
         return True
 

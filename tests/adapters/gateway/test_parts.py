@@ -120,6 +120,52 @@ def test_a_stream_is_read_the_same_however_it_is_cut(cuts: list[int], keep: bool
     assert relayed.usage.completion_tokens == 5
 
 
+EVENTS = [
+    *(
+        ROLE,
+        TOKENS[0],
+        USAGE,
+        DONE,
+        b": keep-alive\n\n",
+        b"data: {}\r\n\r\n",
+        b'data: {"error": {"message": "no"}}\n\n',
+    ),
+    *(
+        TOKENS[0] + TOKENS[1],
+        TOKENS[0][:-1],
+        b"\n",
+        b"event: a\n" + TOKENS[0],
+        b'data: {"a": {"error": 1}}\n\n',
+        TOKENS[0][6:],
+    ),
+]
+
+
+@given(st.lists(st.sampled_from(EVENTS), max_size=8))
+def test_a_chunk_that_passes_as_it_is_framed_is_one_that_would_pass_anyway(contents: list[bytes]) -> None:
+    fast, slow = Relayed(keep_usage=False), Relayed(keep_usage=False)
+    for content in contents:
+        try:
+            out = slow.feed(content)
+        except CallError:
+            with pytest.raises(CallError):
+                fast.feed(content)
+            return
+        framed = b"%x\r\n%b\r\n" % (len(content), content)
+        taken = fast.passes(framed, len(b"%x\r\n" % len(content)))
+        assert (content if taken else fast.feed(content)) == out
+        assert (fast.events, fast.done, fast.usage) == (slow.events, slow.done, slow.usage)
+
+
+def test_a_token_after_the_first_passes_as_it_is_framed() -> None:
+    relayed = Relayed(keep_usage=False)
+    framed = b"%x\r\n%b\r\n" % (len(TOKENS[1]), TOKENS[1])
+    before = relayed.passes(framed, 4)
+    relayed.feed(TOKENS[0])
+
+    assert (before, relayed.passes(framed, 4), relayed.events) == (False, True, 2)
+
+
 @pytest.mark.parametrize(
     ("event", "first"),
     [
@@ -136,7 +182,7 @@ def test_the_first_token_is_content_reasoning_or_a_tool_call(event: bytes, first
     relayed = Relayed(keep_usage=True)
     relayed.feed(event)
 
-    assert relayed.saw_token == first
+    assert relayed.events == first
 
 
 @pytest.mark.parametrize("begun", [False, True])
