@@ -83,6 +83,7 @@ class Response:
         "_sink",
         "_to_its_end",
         "_waiter",
+        "_wanted_status",
         "buffered",
         "chunks",
         "complete",
@@ -117,6 +118,7 @@ class Response:
         self._sink: Callable[[bytes, bool], None] | None = None
         self.chunks: Callable[[bytes, int], bool] | None = None
         """Takes chunks as they are framed."""
+        self._wanted_status: int | None = None
         self._ended: Callable[[], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -149,7 +151,10 @@ class Response:
         return self.taken()
 
     async def pipe(
-        self, sink: Callable[[bytes, bool], None], chunks: Callable[[bytes, int], bool] | None = None
+        self,
+        sink: Callable[[bytes, bool], None],
+        chunks: Callable[[bytes, int], bool] | None = None,
+        status: int | None = None,
     ) -> None:
         """Give the body to `sink`, each piece as soon as it is here and without a task in between.
 
@@ -157,11 +162,13 @@ class Response:
             sink: told a piece and whether it is the last, which may be empty. It does not raise: it may `fail` this.
             chunks: told a chunk that comes by itself, framed as it came, and where its content starts; `sink` gets
                 those that it does not take (False).
+            status: the answer must have it; another is left to `body`. None: any will do.
         """
         self._sink, self.chunks, self._to_its_end = sink, chunks, True
+        self._wanted_status = status
         self.resume()
         self.came()
-        while not self.complete:
+        while self._sink is sink:
             await self._more()
         if self.problem is not None:
             raise self.problem
@@ -215,12 +222,16 @@ class Response:
             self._connection = None
         elif self.parts:  # a head alone says nothing of when its body begins
             self.heard = True
-        if self._sink is not None:
-            if self.parts or self.complete:
-                self._sink(self.taken(), self.complete)
-            if not self.complete:
-                return
-            self._sink = None
+        if self._sink is not None and self.status:
+            if self._wanted_status not in (None, self.status):
+                self._sink = self.chunks = None
+                self._to_its_end = False
+            else:
+                if self.parts or self.complete:
+                    self._sink(self.taken(), self.complete)
+                if not self.complete:
+                    return
+                self._sink = None
         if self.buffered > self._limit_bytes and not self.complete:
             if self._to_its_end:
                 self.fail(UpstreamError("protocol", f"answer longer than {self._limit_bytes} bytes"))
@@ -409,8 +420,8 @@ class _Connection(asyncio.Protocol):
         self._held = False
         self._keeps = False
         self._given_up = False
-        self._between_chunks = False
-        """Nothing of the next chunk was fed to the parser."""
+        self._chunks: Callable[[bytes, int], bool] | None = None
+        """Takes the next chunk if it likes; None: nobody does, or something of that was fed to the parser."""
         self._parser = httptools.HttpResponseParser(self)
 
     # -- of asyncio
@@ -427,15 +438,15 @@ class _Connection(asyncio.Protocol):
         if response is None:  # nothing was asked
             self.abort()
             return
-        if self._between_chunks and response.chunks is not None and (size := len(data)) <= _LONGEST_CHUNK_BYTES:
-            line = _SIZE_LINES[size]
-            if data.startswith(line) and data.endswith(b"\r\n") and response.chunks(data, len(line)):
+        if self._chunks is not None and len(data) <= _LONGEST_CHUNK_BYTES:
+            line = _SIZE_LINES[len(data)]
+            if data.startswith(line) and data.endswith(b"\r\n") and self._chunks(data, len(line)):
                 response.heard = True
                 return
         try:
             self._parser.feed_data(data)
-            if self._between_chunks and not data.endswith(b"\r\n"):  # a part of a chunk's first line
-                self._between_chunks = False
+            if self._chunks is not None and not data.endswith(b"\r\n"):  # a part of a chunk's first line
+                self._chunks = None
         except httptools.HttpParserError as problem:
             self._keeps = False
             if not response.complete:
@@ -487,13 +498,14 @@ class _Connection(asyncio.Protocol):
             response.buffered += len(body)
 
     def on_chunk_header(self) -> None:
-        self._between_chunks = False
+        self._chunks = None
 
     def on_chunk_complete(self) -> None:
-        self._between_chunks = True
+        if self.response is not None:
+            self._chunks = self.response.chunks
 
     def on_message_complete(self) -> None:
-        self._between_chunks = False
+        self._chunks = None
         if self.response is not None and self.response.status:
             self.response.complete = True
             self.response = None

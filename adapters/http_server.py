@@ -163,7 +163,9 @@ class Request:
 
     def chunk(self, framed: bytes) -> None:
         """A piece of an answer that is chunked, in its framing."""
-        self._connection.write(framed)
+        transport = self._connection.transport
+        if transport is not None:
+            transport.write(framed)
 
     def break_off(self) -> None:
         """Let the client see that there should be more: its connection ends."""
@@ -290,7 +292,8 @@ class _Connection(asyncio.Protocol):
         self.is_full = False
         """More waits for its client than should."""
         self._loop = loop
-        self._transport: asyncio.Transport | None = None
+        self.transport: asyncio.Transport | None = None
+        """None: nobody is there any more."""
         self._parser = httptools.HttpRequestParser(self)
         self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._target = b""
@@ -324,7 +327,7 @@ class _Connection(asyncio.Protocol):
     # -- of asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
+        self.transport = cast(asyncio.Transport, transport)
         name = transport.get_extra_info("peername")
         self.client = str(name[0]) if name else ""
         self.server.open.add(self)
@@ -362,7 +365,7 @@ class _Connection(asyncio.Protocol):
             self._serving.flow.resume()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
+        self.transport = None
         self.server.open.discard(self)
         self._next.clear()
         self._ready = None
@@ -402,8 +405,8 @@ class _Connection(asyncio.Protocol):
             self._begin(request)
         else:
             self._next.append(request)
-            if self._transport is not None:
-                self._transport.pause_reading()
+            if self.transport is not None:
+                self.transport.pause_reading()
 
     def on_body(self, body: bytes) -> None:
         request = self._arriving
@@ -462,7 +465,7 @@ class _Connection(asyncio.Protocol):
         try:
             while not task.cancelling():
                 while self._ready is None:
-                    if self._transport is None:
+                    if self.transport is None:
                         return
                     self._called = self._loop.create_future()
                     await self._called
@@ -498,21 +501,21 @@ class _Connection(asyncio.Protocol):
     def _turn_over(self, request: Request) -> None:
         """The next may come."""
         self._serving = None
-        if self._transport is None:
+        if self.transport is None:
             return
         if self._shut or not request.keeps:
-            self._transport.close()
+            self.transport.close()
             return
         self._idle, self._heard_s = True, self._loop.time()
         if self._next:
             self._loop.call_soon(self._take_next)
 
     def _take_next(self) -> None:
-        if self._transport is None or not self._next:
+        if self.transport is None or not self._next:
             return
         request = self._next.popleft()
         if not self._next:
-            self._transport.resume_reading()
+            self.transport.resume_reading()
         self._idle = False
         self._begin(request)
         if request.whole and not request.answered:
@@ -524,27 +527,27 @@ class _Connection(asyncio.Protocol):
         self._next.clear()
         if self.serves and self._arriving is None:
             self.shut()
-        elif self._transport is not None:
+        elif self.transport is not None:
             lines = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-            self._transport.write(_STATUS[status] + lines % len(said) + said)
-            self._transport.close()
+            self.transport.write(_STATUS[status] + lines % len(said) + said)
+            self.transport.close()
 
     # -- for its requests and the server
 
     def write(self, data: bytes, more: bytes = b"") -> None:
         """Send, unless nobody is there any more."""
-        if self._transport is None:
+        if self.transport is None:
             return
         if len(more) < JOINED_BYTES:
-            self._transport.write(data + more)
+            self.transport.write(data + more)
         else:
-            self._transport.writelines((data, more))
+            self.transport.writelines((data, more))
 
     def look(self, now_s: float, limits: Limits) -> bool:
         """Whether it was cut: for so long its client has not done what it must."""
-        if self._transport is None:
+        if self.transport is None:
             return False
-        waiting, request = self._transport.get_write_buffer_size(), self._serving
+        waiting, request = self.transport.get_write_buffer_size(), self._serving
         if not waiting and request is not None and not request.answered:
             self._owed = None
             late = now_s - self._heard_s > limits.idle_s or now_s - request.arrived_s > limits.body_s
@@ -554,7 +557,7 @@ class _Connection(asyncio.Protocol):
         if not waiting and self._idle:
             self._owed = None
             if now_s - self._heard_s > _KEEP_IDLE_S:
-                self._transport.close()
+                self.transport.close()
             return False
         before, since_s = self._owed or (-1, now_s)
         if not before - _PROGRESS_BYTES < waiting <= before:
@@ -569,13 +572,13 @@ class _Connection(asyncio.Protocol):
         self._shut = True
         if self._serving is not None and not self._serving.began:
             self._serving.keeps = False
-        elif not self.serves and self._transport is not None:
-            self._transport.close()
+        elif not self.serves and self.transport is not None:
+            self.transport.close()
 
     def abort(self) -> None:
         """Close at once."""
-        if self._transport is not None:
-            self._transport.abort()
+        if self.transport is not None:
+            self.transport.abort()
 
 
 def _path_of(target: bytes) -> bytes:

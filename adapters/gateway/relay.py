@@ -295,10 +295,9 @@ class Relay:
             return True
 
         try:
-            await response.head()
+            await response.pipe(passed, passed_chunk if reply.is_chunked else None, status=200)
             if response.status != 200:
                 await self._body(call, response, instance)
-            await response.pipe(passed, passed_chunk if reply.is_chunked else None)
         except UpstreamError as problem:
             self._failed(call, instance, problem)
             raise

@@ -12,6 +12,7 @@ from kairos.adapters.gateway.errors import CallError
 
 _EVENT_END = re.compile(rb"\r?\n\r?\n")
 _USAGE, _ERROR, _DONE = b'"usage":{', b'{"error"', b"[DONE]"
+_MARKS = _USAGE, _ERROR, _DONE
 _OBJECT = b"data: {"
 _TOKEN_FIELDS = ("content", "reasoning_content", "reasoning", "tool_calls", "function_call", "refusal")
 
@@ -85,11 +86,8 @@ class Relayed:
         """
         if self._rest:
             data, self._rest = self._rest + data, b""
-        if self._skips and data.endswith(b"\n\n") and not (_USAGE in data or _ERROR in data or _DONE in data):
-            self.events += data.startswith(b"data:") + data.count(b"\n\ndata:")
-            return data
         at, out = 0, []
-        while True:
+        while at < len(data):
             if self._skips and (plain := _plain_until(data, at)) > at:
                 self.events += data.startswith(b"data:", at) + data.count(b"\n\ndata:", at, plain)
                 out.append(data[at:plain])
@@ -146,14 +144,19 @@ class Relayed:
 
 def _plain_until(data: bytes, at: int) -> int:
     """Up to where there are whole events from `at` on that need no look: none with usage, an error or the end."""
-    marks = (data.find(mark, at) for mark in (_USAGE, _ERROR, _DONE))
-    special = min((found for found in marks if found >= 0), default=len(data))
+    special = len(data)
+    for mark in _MARKS:
+        found = data.find(mark, at, special)
+        if found >= 0:
+            special = found
     end = data.rfind(b"\n\n", at, special)
     return at if end < 0 else end + 2
 
 
 def content_of(event: bytes) -> bytes:
     """The data of an event; other lines are comments and fields that the APIs do not use."""
+    if event.startswith(b"data:") and event.find(b"\n") == len(event) - 2 and event.find(b"\r") < 0:  # one line
+        return event[5:].strip()
     return b"".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
 
 
