@@ -438,14 +438,15 @@ class _Connection(asyncio.Protocol):
         if response is None:  # nothing was asked
             self.abort()
             return
-        if self._chunks is not None and len(data) <= _LONGEST_CHUNK_BYTES:
+        chunks = self._chunks
+        if chunks is not None and len(data) <= _LONGEST_CHUNK_BYTES:
             line = _SIZE_LINES[len(data)]
-            if data.startswith(line) and data.endswith(b"\r\n") and self._chunks(data, len(line)):
+            if data.startswith(line) and data.endswith(b"\r\n") and chunks(data, len(line)):
                 response.heard = True
                 return
         try:
             self._parser.feed_data(data)
-            if self._chunks is not None and not data.endswith(b"\r\n"):  # a part of a chunk's first line
+            if not data.endswith(b"\r\n"):  # a part of a chunk's first line
                 self._chunks = None
         except httptools.HttpParserError as problem:
             self._keeps = False

@@ -73,7 +73,9 @@ class Call(msgspec.Struct, eq=False):
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     output_tokens: int = 0
-    """By events as they pass, by the engine's usage at the end."""
+    """By events at the first and when its stream has ended, then by the engine's usage."""
+    held_tokens: int = 0
+    """KV tokens that it adds to those of its decode instance, as of the same times."""
     usage: Usage | None = None
     expected_cached_tokens: int = 0
     predicted_ttft_s: float | None = None

@@ -130,7 +130,7 @@ class DecodeSide:
         self.instance = instance
         self.expected: dict[int, int] = {}
         """Context tokens of requests that are on their way here, by number."""
-        self.residents: dict[int, int] = {}
+        self.residents: set[int] = set()
         self.sum_context_tokens = 0
         """Of the residents."""
         self.last_token_s = 0.0
@@ -163,23 +163,27 @@ class DecodeSide:
     def enter(self, call: Call) -> None:
         """Its first token came."""
         if self.expected.pop(call.number, None) is not None:
-            self.residents[call.number] = call.context_tokens
-            self.sum_context_tokens += call.context_tokens
+            self.residents.add(call.number)
+            call.held_tokens = call.context_tokens
+            self.sum_context_tokens += call.held_tokens
 
-    def produced(self, call: Call, tokens: int) -> None:
-        """More tokens of a request came."""
-        self.last_token_s = call.last_token_s = time.monotonic()
-        call.output_tokens += tokens
-        if call.number in self.residents:
-            self.residents[call.number] += tokens
-            self.sum_context_tokens += tokens
+    def produced(self, tokens: int) -> float:
+        """More tokens of a resident came; when."""
+        self.sum_context_tokens += tokens
+        self.last_token_s = now_s = time.monotonic()
+        return now_s
+
+    def stream_ended(self, call: Call, tokens: int) -> None:
+        """The stream of a resident has ended after so many tokens; those after the first were told by `produced`."""
+        call.held_tokens += tokens - call.output_tokens
+        call.output_tokens = tokens
 
     def leave(self, call: Call) -> None:
         """It ended, however; more than once is once."""
         here = self.expected.pop(call.number, None) is not None
-        context = self.residents.pop(call.number, None)
-        if context is not None:
-            self.sum_context_tokens -= context
+        if call.number in self.residents:
+            self.residents.remove(call.number)
+            self.sum_context_tokens -= call.held_tokens
             here = True
         if here:
             self._targets[call.tpot_target_s] -= 1

@@ -261,14 +261,21 @@ class Relay:
         """Pass a stream on: each piece goes to the client in the moment it comes."""
         relayed = call.body.reader()
         held: list[bytes] = []
+        last_token_s = 0.0
+        send_chunk = reply.chunk
 
         def passed(data: bytes, last: bool) -> None:
+            nonlocal last_token_s
             try:
+                before = relayed.events
                 data = relayed.feed(data)
-                if more := relayed.events - call.output_tokens:
-                    side.produced(call, more)
-                    if not call.first_token_s:
+                if relayed.events > before:
+                    if call.first_token_s:
+                        last_token_s = side.produced(relayed.events - before)
+                    else:
+                        call.output_tokens = relayed.events
                         self._first_token(call, side)
+                        last_token_s = call.first_token_s
                 ended = last and relayed.done
                 if not reply.began:
                     held.append(data)
@@ -288,10 +295,11 @@ class Relay:
                     reply.piece(data, ended)
 
         def passed_chunk(framed: bytes, start: int) -> bool:
+            nonlocal last_token_s
             if not relayed.passes(framed, start):
                 return False
-            side.produced(call, 1)
-            reply.chunk(framed)
+            last_token_s = side.produced(1)
+            send_chunk(framed)
             return True
 
         try:
@@ -302,6 +310,8 @@ class Relay:
             self._failed(call, instance, problem)
             raise
         finally:
+            side.stream_ended(call, relayed.events)
+            call.last_token_s = last_token_s
             response.close()
         if not relayed.done:
             raise CallError(502, "engine_error", "the engine's answer ended before its end")

@@ -107,16 +107,17 @@ class Relayed:
 
         It is counted then. `feed` would come to the same, for more.
         """
-        plain = (
+        if (
             self._skips
             and not self._rest
             and framed.startswith(_OBJECT, start)
             and framed.find(b"\n\n", start) == len(framed) - 4
             and framed.find(_USAGE) < 0
             and framed.find(_ERROR) < 0
-        )
-        self.events += plain
-        return plain
+        ):
+            self.events += 1
+            return True
+        return False
 
     def _look_at(self, event: bytes) -> bool:
         """Take notice of an event; whether the client gets it."""
