@@ -174,8 +174,9 @@ class Response:
             raise self.problem
 
     def when_ended(self, ended: Callable[[], None]) -> None:
-        """Call `ended` as soon as all of it is here, for who asks `taken`, or it has failed."""
+        """Call `ended` as soon as all of it is here, or it has failed. Of a good answer nothing is kept for `taken`."""
         self._ended, self._limit_bytes, self._to_its_end = ended, _WHOLE_BYTES, True
+        self.chunks = lambda framed, start: self.status == 200
         if self.complete or self.problem is not None:
             ended()
 

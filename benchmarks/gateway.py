@@ -56,7 +56,8 @@ def chunk(data: bytes) -> bytes:
 
 
 STREAM_HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-BURST = STREAM_HEAD + chunk(EVENT) * TOKENS + chunk(USAGE) + chunk(DONE) + b"0\r\n\r\n"
+STREAM_END = chunk(USAGE) + chunk(DONE) + b"0\r\n\r\n"
+BURST = STREAM_HEAD + chunk(EVENT) * TOKENS + STREAM_END
 
 
 def whole(body: bytes, kind: bytes = b"application/json") -> bytes:
@@ -66,6 +67,8 @@ def whole(body: bytes, kind: bytes = b"application/json") -> bytes:
 
 class Stub(asyncio.Protocol):
     """An engine that answers at once, of either dialect; `paced` streams send a token every PACE_S.
+
+    As SGLang's prefill engine (on 127.0.0.1) it streams the first token only.
 
     Also a control plane that takes all telemetry and has nothing to say.
     """
@@ -106,6 +109,8 @@ class Stub(asyncio.Protocol):
             self.transport.write(whole(version))
         elif b'"stream":true' not in body.replace(b" ", b""):
             self.transport.write(whole(_HEAD + (KV if b'"do_remote_decode":true' in body else b"") + WHOLE))
+        elif b'"bootstrap_room":' in body and self.transport.get_extra_info("sockname")[0] == "127.0.0.1":
+            self.transport.write(STREAM_HEAD + chunk(EVENT) + STREAM_END)
         elif b"paced" in body:
             self.transport.write(STREAM_HEAD)
             self.pace(TOKENS)
@@ -120,7 +125,7 @@ class Stub(asyncio.Protocol):
             self.transport.write(chunk(EVENT))
             asyncio.get_running_loop().call_later(PACE_S, self.pace, left - 1)
         else:
-            self.transport.write(chunk(USAGE) + chunk(DONE) + b"0\r\n\r\n")
+            self.transport.write(STREAM_END)
 
 
 class Client(asyncio.Protocol):
