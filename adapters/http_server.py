@@ -137,21 +137,27 @@ class Request:
         self._connection.write(head, body)
         self._ended()
 
-    def begin(self, status: int, lines: bytes, flow: Flow) -> None:
-        """Begin an answer that comes in pieces, from `flow`; arguments are those of `answer`."""
+    def begin(self, status: int, lines: bytes, flow: Flow, data: bytes = b"", last: bool = False) -> None:
+        """Begin an answer that comes in pieces, from `flow`, with the first of them; for the others see `answer`."""
         self._chunked = self._chunked and status not in (204, 304)
-        self._connection.write(self._head(status, lines, b"transfer-encoding: chunked\r\n" if self._chunked else b""))
+        head = self._head(status, lines, b"transfer-encoding: chunked\r\n" if self._chunked else b"")
         self.flow = flow
-        if self._connection.is_full:
+        self._send(head + self._framed(data, last), last)
+        if self._connection.is_full and not last:
             flow.pause()
 
     def piece(self, data: bytes, last: bool = False) -> None:
         """A piece of the answer; the last may be empty."""
-        if self._chunked:
-            if data:
-                data = b"%x\r\n%b\r\n" % (len(data), data)
-            if last:
-                data += b"0\r\n\r\n"
+        self._send(self._framed(data, last), last)
+
+    def _framed(self, data: bytes, last: bool) -> bytes:
+        if not self._chunked:
+            return data
+        if data:
+            data = b"%x\r\n%b\r\n" % (len(data), data)
+        return data + b"0\r\n\r\n" if last else data
+
+    def _send(self, data: bytes, last: bool) -> None:
         self._connection.write(data)
         if last:
             self._ended()

@@ -46,10 +46,10 @@ class Reply:
         self._call.answered = True
         self._request.answer(status, JSON + told(self._call) + lines, body)
 
-    def begin(self, response: Response) -> None:
-        """Begin a stream that comes from an engine."""
+    def begin(self, response: Response, data: bytes, last: bool) -> None:
+        """Begin a stream that comes from an engine, with its first piece, which may be the last."""
         self.began = True
-        self._request.begin(200, _SSE + told(self._call), response)
+        self._request.begin(200, _SSE + told(self._call), response, data, last)
 
     def error(self, error: CallError) -> None:
         """An error: an answer of its own, or the event that ends a stream; nothing after the end."""
@@ -289,10 +289,11 @@ class Relay:
                 response.fail(problem)
             else:
                 if data or ended:
-                    if not reply.began:
-                        reply.begin(response)
                     call.answered = ended
-                    reply.piece(data, ended)
+                    if reply.began:
+                        reply.piece(data, ended)
+                    else:
+                        reply.begin(response, data, ended)
 
         def passed_chunk(framed: bytes, start: int) -> bool:
             nonlocal last_token_s
