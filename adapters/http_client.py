@@ -442,9 +442,10 @@ class _Connection(asyncio.Protocol):
         chunks = self._chunks
         if chunks is not None and len(data) <= _LONGEST_CHUNK_BYTES:
             line = _SIZE_LINES[len(data)]
-            if data.startswith(line) and data.endswith(b"\r\n") and chunks(data, len(line)):
+            if data.startswith(line) and data.endswith(b"\r\n"):
                 response.heard = True
-                return
+                if chunks(data, len(line)):
+                    return
         try:
             self._parser.feed_data(data)
             if not data.endswith(b"\r\n"):  # a part of a chunk's first line

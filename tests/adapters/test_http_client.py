@@ -122,6 +122,26 @@ def test_a_part_of_a_chunk_that_looks_like_a_chunk_is_none(reads: tuple[bytes, .
     assert (body, given_framed) == ((b"one" + text) * 2, [])
 
 
+def test_an_answer_that_is_held_up_where_its_chunk_goes_is_not_late_until_it_may_go_on() -> None:
+    async def held() -> tuple[bool, str]:
+        async with engine([CHUNKED + framed(b"one"), framed(b"two")], 0.05) as pool:
+            response = await pool.start(b"GET", b"/", idle_s=0.1)
+
+            def chunk(frame: bytes, start: int) -> bool:
+                response.pause()
+                return True
+
+            piping = asyncio.ensure_future(response.pipe(lambda data, last: None, chunk))
+            await asyncio.sleep(0.6)
+            waited = not piping.done()
+            response.resume()
+            with pytest.raises(UpstreamError) as found:
+                await piping
+            return waited, found.value.kind
+
+    assert run(held()) == (True, "timeout")
+
+
 def test_an_answer_with_another_status_is_left_to_be_read_whole() -> None:
     pieces: list[bytes] = []
 
