@@ -174,7 +174,7 @@ class Response:
             raise self.problem
 
     def when_ended(self, ended: Callable[[], None]) -> None:
-        """Call `ended` as soon as all of it is here, or it has failed. Of a good answer nothing is kept for `taken`."""
+        """Call `ended` as soon as all of it is here, or it has failed. `taken` is whole where its status is not 200."""
         self._ended, self._limit_bytes, self._to_its_end = ended, _WHOLE_BYTES, True
         self.chunks = lambda framed, start: self.status == 200
         if self.complete or self.problem is not None:

@@ -169,9 +169,7 @@ class Request:
 
     def chunk(self, framed: bytes) -> None:
         """A piece of an answer that is chunked, in its framing."""
-        transport = self._connection.transport
-        if transport is not None:
-            transport.write(framed)
+        self._connection.write(framed)
 
     def break_off(self) -> None:
         """Let the client see that there should be more: its connection ends."""
@@ -298,8 +296,7 @@ class _Connection(asyncio.Protocol):
         self.is_full = False
         """More waits for its client than should."""
         self._loop = loop
-        self.transport: asyncio.Transport | None = None
-        """None: nobody is there any more."""
+        self._transport: asyncio.Transport | None = None
         self._parser = httptools.HttpRequestParser(self)
         self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._target = b""
@@ -333,7 +330,7 @@ class _Connection(asyncio.Protocol):
     # -- of asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
+        self._transport = cast(asyncio.Transport, transport)
         name = transport.get_extra_info("peername")
         self.client = str(name[0]) if name else ""
         self.server.open.add(self)
@@ -371,7 +368,7 @@ class _Connection(asyncio.Protocol):
             self._serving.flow.resume()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.transport = None
+        self._transport = None
         self.server.open.discard(self)
         self._next.clear()
         self._ready = None
@@ -411,8 +408,8 @@ class _Connection(asyncio.Protocol):
             self._begin(request)
         else:
             self._next.append(request)
-            if self.transport is not None:
-                self.transport.pause_reading()
+            if self._transport is not None:
+                self._transport.pause_reading()
 
     def on_body(self, body: bytes) -> None:
         request = self._arriving
@@ -471,7 +468,7 @@ class _Connection(asyncio.Protocol):
         try:
             while not task.cancelling():
                 while self._ready is None:
-                    if self.transport is None:
+                    if self._transport is None:
                         return
                     self._called = self._loop.create_future()
                     await self._called
@@ -507,21 +504,21 @@ class _Connection(asyncio.Protocol):
     def _turn_over(self, request: Request) -> None:
         """The next may come."""
         self._serving = None
-        if self.transport is None:
+        if self._transport is None:
             return
         if self._shut or not request.keeps:
-            self.transport.close()
+            self._transport.close()
             return
         self._idle, self._heard_s = True, self._loop.time()
         if self._next:
             self._loop.call_soon(self._take_next)
 
     def _take_next(self) -> None:
-        if self.transport is None or not self._next:
+        if self._transport is None or not self._next:
             return
         request = self._next.popleft()
         if not self._next:
-            self.transport.resume_reading()
+            self._transport.resume_reading()
         self._idle = False
         self._begin(request)
         if request.whole and not request.answered:
@@ -533,27 +530,27 @@ class _Connection(asyncio.Protocol):
         self._next.clear()
         if self.serves and self._arriving is None:
             self.shut()
-        elif self.transport is not None:
+        elif self._transport is not None:
             lines = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\nconnection: close\r\n\r\n"
-            self.transport.write(_STATUS[status] + lines % len(said) + said)
-            self.transport.close()
+            self._transport.write(_STATUS[status] + lines % len(said) + said)
+            self._transport.close()
 
     # -- for its requests and the server
 
     def write(self, data: bytes, more: bytes = b"") -> None:
         """Send, unless nobody is there any more."""
-        if self.transport is None:
+        if self._transport is None:
             return
         if len(more) < JOINED_BYTES:
-            self.transport.write(data + more)
+            self._transport.write(data + more)
         else:
-            self.transport.writelines((data, more))
+            self._transport.writelines((data, more))
 
     def look(self, now_s: float, limits: Limits) -> bool:
         """Whether it was cut: for so long its client has not done what it must."""
-        if self.transport is None:
+        if self._transport is None:
             return False
-        waiting, request = self.transport.get_write_buffer_size(), self._serving
+        waiting, request = self._transport.get_write_buffer_size(), self._serving
         if not waiting and request is not None and not request.answered:
             self._owed = None
             late = now_s - self._heard_s > limits.idle_s or now_s - request.arrived_s > limits.body_s
@@ -563,7 +560,7 @@ class _Connection(asyncio.Protocol):
         if not waiting and self._idle:
             self._owed = None
             if now_s - self._heard_s > _KEEP_IDLE_S:
-                self.transport.close()
+                self._transport.close()
             return False
         before, since_s = self._owed or (-1, now_s)
         if not before - _PROGRESS_BYTES < waiting <= before:
@@ -578,13 +575,13 @@ class _Connection(asyncio.Protocol):
         self._shut = True
         if self._serving is not None and not self._serving.began:
             self._serving.keeps = False
-        elif not self.serves and self.transport is not None:
-            self.transport.close()
+        elif not self.serves and self._transport is not None:
+            self._transport.close()
 
     def abort(self) -> None:
         """Close at once."""
-        if self.transport is not None:
-            self.transport.abort()
+        if self._transport is not None:
+            self._transport.abort()
 
 
 def _path_of(target: bytes) -> bytes:
