@@ -165,6 +165,20 @@ def test_steps_that_a_model_has_learned_from_do_not_judge_it_when_the_watch_come
     assert (before, life.serving, life.gate(1)) == (0, 1, "promote")
 
 
+@pytest.mark.parametrize("watched", [8_500, 4_000])
+def test_steps_that_were_watched_before_the_process_saw_the_challenger_judge_it_too(store: Store, watched: int) -> None:
+    life = started(store)
+    with store.read() as connection:
+        last_step = queries.last_step(connection)
+    life.steps(watched)
+    with store.write() as connection:
+        add_challenger(connection, learned(1.1), last_step)
+    life.work()
+    life.steps(9_000 - watched)
+
+    assert (life.serving, life.gate(2)) == (1, "keep")
+
+
 def test_only_the_newest_challenger_waits(store: Store) -> None:
     life = started(store)
     for factor in (1.1, 1.2):

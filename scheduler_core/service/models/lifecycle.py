@@ -108,12 +108,17 @@ class Lifecycle:
             self._await_challenger(key, watch)
 
     def _await_challenger(self, key: Key, watch: Watch) -> None:
-        """Count later steps for the model of this kind that waits to be judged."""
+        """Count later steps for the model of this kind that waits to be judged, from the first one after it on.
+
+        Some were watched before this process saw the model, if they came right after it.
+        """
         row = self._waiting.get(key[0])
         if row is None or key[1] not in (row.report or {}).get("waiting", []):
             watch.challenger = None
         elif watch.challenger is None or watch.challenger.version != row.version:
             watch.challenger = Pending(row.version, row.last_step)
+            if (steps := self._watched_after(key, row.last_step)) is not None:
+                watch.challenger.count(steps.ended_at_s, row.last_step)
 
     def _read_serving(self, connection: Connection) -> Serving:
         served = {}
@@ -183,6 +188,16 @@ class Lifecycle:
         self._later.clear()
         return True
 
+    def _watched_after(self, key: Key, step: int) -> Steps | None:
+        """What was watched of a kind after a step, as far as it is among the newest, in order of its end."""
+        after = max(step, self._watched - self._settings.training.window_steps)
+        if after >= self._watched:
+            return None
+        if after not in self._later:  # models of one training are judged together
+            groups, _ = read_steps(self._store, after, most=self._watched - after)
+            self._later[after] = {(s.profile.profile_id, s.kind): in_order(s) for s in groups}
+        return self._later[after].get(key)
+
     def _observe(self, key: Key, steps: Steps, after: int) -> list[Happening]:
         model = self._serving.models(steps.profile)[steps.kind]
         watch = self._watches.get(key)
@@ -235,11 +250,7 @@ class Lifecycle:
         return True
 
     def _verdict(self, key: Key, after_step: int, champion: StepModel, other: StepModel, *, first: bool) -> Verdict:
-        after = max(after_step, self._watched - self._settings.training.window_steps)
-        if after not in self._later:  # models of one training are judged together
-            groups, _ = read_steps(self._store, after, most=self._watched - after)
-            self._later[after] = {(s.profile.profile_id, s.kind): in_order(s) for s in groups}
-        steps = self._later[after].get(key)
+        steps = self._watched_after(key, after_step)
         if steps is None:
             return Verdict("wait", "its later steps are no longer among the newest", 0)
         return judge(later_steps(steps), calibrated(champion, steps), calibrated(other, steps), first=first)
