@@ -95,7 +95,7 @@ async def die(worker: EmulatedWorker) -> None:
 
 def test_a_prefill_engine_that_died_before_is_not_used_again_until_it_is_back() -> None:
     async def work() -> tuple[list[int], str, int]:
-        async with behind_gateway(*pair(), gateway=QUICK) as (gateway, [prefill, _]):
+        async with behind_gateway(*pair()) as (gateway, [prefill, _]):
             await die(prefill)
             while_dead = [(await call(gateway.server.address, "/v1/completions", asked()))[0] for _ in range(2)]
             state = gateway.scheduler.instances["prefill-0"].state
@@ -118,7 +118,7 @@ def test_a_prefill_engine_that_dies_during_prefill_costs_a_retry_or_an_error(kin
     async def work() -> tuple[int, bytes]:
         prefill, decode = KINDS[kind]
         slow = options(engine=prefill.engine, connector=prefill.connector, role="prefill", step_times=SLOW_PREFILL)
-        async with behind_gateway(slow, decode, *[prefill] * others, gateway=QUICK) as (gateway, [first, *_]):
+        async with behind_gateway(slow, decode, *[prefill] * others) as (gateway, [first, *_]):
             request = asyncio.ensure_future(call(gateway.server.address, "/v1/completions", asked()))
             await until(lambda: bool(first.gpu.prompts))
             await die(first)
@@ -139,7 +139,7 @@ def test_a_prefill_engine_that_dies_after_prefill_is_tried_elsewhere_with_new_kv
     async def work() -> tuple[int, bytes, int]:
         prefill, _ = pair()
         full = options(role="decode", limits=Limits(max_batch=1), step_times=SLOW_DECODE)
-        async with behind_gateway(prefill, full, prefill, gateway=QUICK) as (gateway, [first, decode, _]):
+        async with behind_gateway(prefill, full, prefill) as (gateway, [first, decode, _]):
             other = asyncio.ensure_future(call(decode.address, "/v1/completions", asked(max_tokens=12)))
             await until(lambda: bool(decode.gpu.residents))
             request = asyncio.ensure_future(call(gateway.server.address, "/v1/completions", asked()))
@@ -157,7 +157,7 @@ def test_a_decode_engine_that_dies_in_a_stream_ends_it_with_an_error_event() -> 
     async def work() -> tuple[int, bytes]:
         prefill, _ = pair()
         slow = options(role="decode", step_times=SLOW_DECODE)
-        async with behind_gateway(prefill, slow, gateway=QUICK) as (gateway, [_, decode]):
+        async with behind_gateway(prefill, slow) as (gateway, [_, decode]):
             pool = HttpPool(gateway.server.address)
             raw = json.dumps(asked(max_tokens=1000)).encode()
             answer = await pool.send(b"POST", b"/v1/completions", (), raw)
@@ -213,7 +213,7 @@ def test_an_engine_that_answers_no_health_check_any_more_loses_its_requests(monk
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_error_before_the_first_token_is_tried_once_more_with_new_kv(stream: bool) -> None:
     async def work() -> tuple[int, int, int]:
-        async with behind_gateway(*pair(), gateway=QUICK) as (gateway, [prefill, decode]):
+        async with behind_gateway(*pair()) as (gateway, [prefill, decode]):
             decode.faults = Once(Fault.SSE_ERROR)
             status, _ = await call(gateway.server.address, "/v1/completions", asked(stream))
             return status, prefill.requests, prefill.desk.invalid_reads
@@ -223,7 +223,7 @@ def test_an_error_before_the_first_token_is_tried_once_more_with_new_kv(stream: 
 
 def test_an_error_that_stays_is_told_with_a_status() -> None:
     async def work() -> tuple[int, str, int]:
-        async with behind_gateway(*pair(), gateway=QUICK) as (gateway, [prefill, decode]):
+        async with behind_gateway(*pair()) as (gateway, [prefill, decode]):
             decode.faults.set({Fault.SSE_ERROR: 1.0})
             status, body = await call(gateway.server.address, "/v1/completions", asked())
             return status, code_of(body), prefill.requests
