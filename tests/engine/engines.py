@@ -250,8 +250,12 @@ def joined(
     version: str, folder: Path, role: str, *arguments: str, lease_s: int = 30, **serving: Any
 ) -> AbstractContextManager[Engine]:
     """One engine of a pair that moves KV over loopback; `serving` is more for `serve`."""
-    transfer: dict[str, Any] = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
-    transfer["kv_connector_extra_config"] = {"kv_lease_duration": lease_s}
+    transfer = {
+        "kv_connector": "NixlConnector",
+        "kv_role": role,
+        "kv_buffer_device": "cpu",
+        "kv_connector_extra_config": {"kv_lease_duration": lease_s},
+    }
     loopback = {"VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1", "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())}
     loopback |= {"UCX_TLS": "tcp,shm,self", "UCX_NET_DEVICES": "lo"}
     told = ("--kv-transfer-config", json.dumps(transfer), *arguments)

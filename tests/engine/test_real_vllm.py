@@ -228,11 +228,10 @@ def test_a_prefill_and_a_decode_engine_give_the_tokens_of_one(tmp_path: Path) ->
     with serve(version, tmp_path, plugin=False, name="one") as one:
         expected = run(all_of(one, asked, leave=False))
 
-    with ExitStack() as stack:
-        # a lease that does not end on a slow machine: what is not fetched and given back is seen below
-        prefill, decode = (
-            stack.enter_context(joined(version, tmp_path, role, lease_s=600)) for role in ("kv_producer", "kv_consumer")
-        )
+    with (  # a lease that does not end on a slow machine: what is not fetched and given back is seen below
+        joined(version, tmp_path, "kv_producer", lease_s=600) as prefill,
+        joined(version, tmp_path, "kv_consumer", lease_s=600) as decode,
+    ):
         got = run(through(prefill, decode, asked))
         before, behind = prefill.status(), decode.status()
 
